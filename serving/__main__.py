@@ -1,0 +1,29 @@
+"""`python -m serving`: the server, and `label`, which labels posts."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from serving.cli import parse_command
+from serving.errors import SieveError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0 when all went well, 2 for a setting that cannot be used, 3 where some posts failed.
+    """
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv)
+        return asyncio.run(command())
+    except SieveError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

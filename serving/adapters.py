@@ -1,0 +1,203 @@
+"""Adapters on disk: found, checked before the engine sees them, described to clients.
+
+vLLM ignores what it cannot place: keys of a text-only model, alphas by pattern, an adapter of
+zeros all load and do nothing. Such adapters are refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from serving.errors import AdapterError
+from serving.manifest import Manifest, fingerprint, load_manifest
+from serving.protocol import Adapter
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Maximum ranks that vLLM allocates for."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(
+    r"base_model\.model\.(?:model\.language_model|language_model\.model)\.layers\.(\d+)\."
+    r"(?:self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    r"\.lora_([AB])(?:\.default)?\.weight"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """What an adapter must fit.
+
+    Attributes:
+        config: the checkpoint's `config.json`.
+        fingerprint: of the checkpoint, or None where it is not a local folder.
+    """
+
+    config: Mapping[str, Any]
+    fingerprint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledAdapter:
+    """An adapter that passed the checks, with its manifest (empty where it has none)."""
+
+    adapter: Adapter
+    manifest: Manifest
+
+
+def read_base(model: str) -> BaseModel:
+    """Facts of a base checkpoint, a local folder or a Hugging Face id."""
+    from transformers import AutoConfig
+
+    folder = Path(model)
+    config = AutoConfig.from_pretrained(model).to_dict()
+    return BaseModel(config=config, fingerprint=fingerprint(folder) if folder.is_dir() else None)
+
+
+def find_adapters(folder: Path, base: BaseModel) -> dict[str, InstalledAdapter]:
+    """All adapters of a folder, one a subfolder with an `adapter_config.json`.
+
+    Raises:
+        AdapterError: the folder is missing, or adapters in it cannot be served; names them all.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"adapters folder {folder} does not exist", param="adapters")
+    found, refused = {}, []
+    for path in sorted(item.parent for item in folder.glob("*/adapter_config.json")):
+        try:
+            found[path.name] = check_adapter(path, base)
+        except AdapterError as error:
+            refused.append(error.message)
+    if refused:
+        raise AdapterError("; ".join(refused), param="adapters")
+    return found
+
+
+def check_adapter(folder: Path, base: BaseModel) -> InstalledAdapter:
+    """Everything that can be known about an adapter before it is loaded.
+
+    Raises:
+        AdapterError: it would fail in the engine, or load and do nothing.
+    """
+    name = folder.name
+    if not _NAME.fullmatch(name):
+        raise AdapterError(f"adapter {name!r}: the name must be letters, digits, '.', '_' and '-'")
+    config = _read_config(folder)
+    _check_config(name, config)
+    manifest = load_manifest(folder) or Manifest()
+    trained_on = manifest.base_fingerprint
+    if trained_on and base.fingerprint and trained_on != base.fingerprint:
+        raise AdapterError(
+            f"adapter {name!r} was trained on another base ({manifest.base_model!r}); serve that "
+            "checkpoint, or train the adapter again on this one"
+        )
+    _check_weights(name, folder, config, base)
+    adapter = Adapter(name=name, path=str(folder.resolve()), rank=int(config["r"]))
+    return InstalledAdapter(adapter=adapter, manifest=manifest)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"adapter {folder.name!r}: adapter_config.json cannot be read: {type(error).__name__}"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("r"), int):
+        raise AdapterError(f"adapter {folder.name!r}: adapter_config.json has no LoRA rank 'r'")
+    return config
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Refuses what vLLM rejects or silently ignores."""
+    init = config.get("init_lora_weights", True)
+    reasons = {
+        f"peft_type={config.get('peft_type')!r}, must be LORA": config.get("peft_type") != "LORA",
+        f"rank {config['r']}, must be 1 to {RANKS[-1]}": not 1 <= config["r"] <= RANKS[-1],
+        "use_dora": config.get("use_dora"),
+        f"bias={config.get('bias')!r}, must be 'none'": config.get("bias", "none") != "none",
+        f"modules_to_save={config.get('modules_to_save')}": config.get("modules_to_save"),
+        "alpha_pattern (vLLM ignores it)": config.get("alpha_pattern"),
+        "rank_pattern (vLLM ignores it)": config.get("rank_pattern"),
+        f"init_lora_weights={init!r} (changes base weights)": isinstance(init, str)
+        and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if found:
+        raise AdapterError(f"adapter {name!r} cannot be served: {'; '.join(found)}")
+
+
+def _check_weights(name: str, folder: Path, config: Mapping[str, Any], base: BaseModel) -> None:
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise AdapterError(f"adapter {name!r}: adapter_model.safetensors is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            _check_keys(name, keys, int(config["r"]), file, base)
+            _check_acts(name, keys, file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"adapter {name!r}: adapter_model.safetensors is broken ({type(error).__name__})"
+        ) from error
+
+
+def _check_keys(name: str, keys: list[str], rank: int, file: Any, base: BaseModel) -> None:
+    text = base.config["text_config"]
+    shapes = _module_shapes(text)
+    for key in keys:
+        match = _KEY.fullmatch(key)
+        if match is None or int(match[1]) >= text["num_hidden_layers"]:
+            raise AdapterError(
+                f"adapter {name!r} has weights for {key!r}, which the base model has no place "
+                "for, so it would be ignored; train it on the whole LLaVA with target_modules "
+                "anchored on language_model, e.g. '.*language_model.*q_proj'"
+            )
+        rows, columns = shapes[match[2]]
+        expected = [rank, columns] if match[3] == "A" else [rows, rank]
+        found = list(file.get_slice(key).get_shape())
+        if found != expected:
+            raise AdapterError(
+                f"adapter {name!r}: {key!r} has shape {found}, the base model and rank {rank} "
+                f"need {expected}; it was trained on another base"
+            )
+    if not keys:
+        raise AdapterError(f"adapter {name!r} has no weights")
+
+
+def _module_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each projection of the text model."""
+    hidden, inner, heads = (
+        text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    )  # fmt: skip
+    width = text.get("head_dim") or hidden // heads
+    kv = width * (text.get("num_key_value_heads") or heads)
+    return {
+        "q_proj": (width * heads, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, width * heads),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def _check_acts(name: str, keys: list[str], file: Any) -> None:
+    """At least one module's product B A must not be zero."""
+    for key in keys:
+        if ".lora_A" not in key or key.replace(".lora_A", ".lora_B") not in keys:
+            continue
+        first, second = file.get_tensor(key), file.get_tensor(key.replace(".lora_A", ".lora_B"))
+        if (second.float() @ first.float()).abs().max() > 0:
+            return
+    raise AdapterError(
+        f"adapter {name!r} would do nothing: all of its products B A are zero (was it saved before "
+        "training?)"
+    )

@@ -1,0 +1,71 @@
+"""An admitted chat request as a call of the engine."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from serving.constraint import pattern_of
+from serving.errors import BadRequestError
+from serving.labeler import Choices, Labeler
+from serving.prompts import as_plain_text
+from serving.protocol import ChatCall
+from serving.schema import ChatRequest, ImagePart, Message
+
+
+def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler) -> ChatCall:
+    """Resolves settings and constraint of a chat; messages keep the client's own words.
+
+    Raises:
+        SieveError: unknown model, structure or selector.
+    """
+    settings = labeler.catalogue.resolve(
+        Choices(
+            model=request.model,
+            label_structure=request.label_structure,
+            retention_ratio=request.retention_ratio,
+            selector=request.selector,
+        )
+    )
+    decoded = iter(images)
+    body: dict[str, Any] = request.engine_fields()
+    body["messages"] = [
+        _message(message, decoded, labeler.tokenizer) for message in request.messages
+    ]
+    return ChatCall(
+        request_id=uuid.uuid4().hex,
+        body=body,
+        retention=settings.retention,
+        pattern=_pattern(request, labeler),
+    )
+
+
+def _message(message: Message, images: Iterator[Image.Image], tokenizer: Any) -> dict[str, Any]:
+    if isinstance(message.content, str):
+        return {"role": message.role, "content": as_plain_text(tokenizer, message.content)}
+    parts: list[dict[str, Any]] = [
+        {"image_pil": next(images)}
+        if isinstance(part, ImagePart)
+        else {"type": "text", "text": as_plain_text(tokenizer, part.text)}
+        for part in message.content
+    ]
+    return {"role": message.role, "content": parts}
+
+
+def _pattern(request: ChatRequest, labeler: Labeler) -> str | None:
+    """The constraint of a label structure or of a client's choices, in canonical ids."""
+    if request.label_structure is not None:
+        return labeler.constraints[request.label_structure].pattern
+    if request.structured_outputs is None:
+        return None
+    choices = request.structured_outputs.choice
+    for choice in choices:
+        if not choice.strip() or len(choice) > 256:
+            raise BadRequestError(
+                f"structured_outputs.choice has {choice[:40]!r}; a choice is 1 to 256 characters",
+                param="structured_outputs",
+            )
+    return pattern_of([labeler.answer_ids(choice) for choice in dict.fromkeys(choices)])

@@ -1,0 +1,154 @@
+"""The command line: one flag a field of `Settings`, and the `label` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import typing
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from serving.errors import ConfigError
+from serving.settings import ENV_PREFIX, Settings
+
+Command = Callable[[], Awaitable[int]]
+
+_SERVE_EPILOG = """\
+Every flag is also an environment variable (SIEVE_MAX_NUM_SEQS=8) and a key of a YAML file
+(--config server.yaml: 'max_num_seqs: 8'). Flags win over the environment, that over the file.
+
+examples:
+  python -m serving                                  serve the demo checkpoint and its adapters
+  python -m serving --retention 0.4                  keep 40 % of the visual tokens by default
+  python -m serving --model llava-hf/llava-1.5-7b-hf --adapters my_adapters
+  python -m serving label --help                     label a folder of posts
+"""
+_LABEL_EPILOG = """\
+--data is MVSA-Single's layout, a folder of image/text pairs, a JSONL or a CSV file. Flags of the
+engine (--dtype, --kv-cache-gib, ...) apply where it runs here, without --server.
+
+examples:
+  python -m serving label --data posts/ --server http://127.0.0.1:8000 --model llavac
+  python -m serving label --data posts.jsonl --model sentiment --out labels.jsonl
+"""
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command that the arguments ask for.
+
+    Raises:
+        ConfigError: a setting is not allowed; says which, its value and what is.
+    """
+    if argv[:1] == ["label"]:
+        return _label_command(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description="Serve LLaVA-1.5 with kept patches, adapters and label structures.",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(parser, Settings.model_fields)
+    settings = read_settings(vars(parser.parse_args(argv)))
+
+    async def command() -> int:
+        from serving.server import serve
+
+        await serve(settings)
+        return 0
+
+    return command
+
+
+def _label_command(argv: list[str]) -> Command:
+    from serving.labelling import LabelOptions, run_label
+
+    parser = argparse.ArgumentParser(
+        prog="python -m serving label",
+        description="Label posts, through a running server or with an engine of its own.",
+        epilog=_LABEL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="posts: a folder, a .jsonl or a .csv")
+    add("--server", help="URL of a running server; without it the engine runs here")
+    add("--model", help="adapter, or the base model; by default the server's base model")
+    add("--retention", type=float, help="share of visual tokens kept")
+    add("--selector", help="which patches are kept")
+    add("--label-structure", help="structure; by default the adapter's")
+    add("--out", type=Path, help="write a row a post: .jsonl or .csv")
+    add("--summary-json", type=Path, help="write the summary for machines")
+    add("--limit", type=int, help="label the first N posts only")
+    add("--split", help="MVSA layout: only the ids of SPLIT_ids.txt")
+    add("--concurrency", type=int, default=16, help="requests at once (default 16)")
+    add("--checkpoint", help="without --server: checkpoint to load (default the demo)")
+    engine_flags = ("config", *ENGINE_FIELDS)
+    _add_settings(parser, {name: Settings.model_fields[name] for name in ENGINE_FIELDS})
+    given = vars(parser.parse_args(argv))
+    engine = {name: given.pop(name) for name in engine_flags}
+    checkpoint = given.pop("checkpoint")
+    options = LabelOptions(**given)
+    if options.server is not None:
+        return lambda: run_label(options, None)
+    settings = read_settings({**engine, "model": checkpoint})
+    return lambda: run_label(options, settings)
+
+
+ENGINE_FIELDS = (
+    "adapters",
+    "structures",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_images",
+    "kv_cache_gib",
+    "gpu_memory",
+    "tower_batch_size",
+    "enforce_eager",
+    "log_level",
+)
+"""Settings that matter where `label` runs the engine itself."""
+
+
+def read_settings(given: dict[str, object]) -> Settings:
+    """Settings from flags (None where not given), environment and YAML file.
+
+    Raises:
+        ConfigError: a value is not allowed or a key unknown.
+    """
+    config = given.pop("config", None)
+    if config is not None:
+        if not Path(str(config)).is_file():
+            raise ConfigError(f"--config {config}: no such file")
+        os.environ[f"{ENV_PREFIX}CONFIG"] = str(config)
+    flags = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]
+    except ValidationError as error:
+        reasons = [
+            f"{'.'.join(map(str, item['loc']))}={item.get('input')!r}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise ConfigError("settings: " + "; ".join(reasons)) from error
+
+
+def _add_settings(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    for name, field in fields.items():
+        _add_flag(parser, name, field)
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    default = "" if field.default is None else f" (default {field.default})"
+    text = f"{field.description}{default}".replace("%", "%%")
+    kinds = {field.annotation, *typing.get_args(field.annotation)}
+    if bool in kinds:
+        parser.add_argument(
+            flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
+        )
+    else:
+        metavar = name.rsplit("_", 1)[-1].upper()
+        parser.add_argument(flag, dest=name, metavar=metavar, help=text)

@@ -1,0 +1,290 @@
+"""The engine in this process: vLLM's `AsyncLLM` and its OpenAI chat classes.
+
+The only module of `serving` that imports vLLM. Plain values come in (`serving.protocol`), vLLM's
+own requests are built here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from serving.adapters import RANKS
+from serving.errors import BadRequestError, EngineDeadError, OverloadedError, SieveError
+from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation
+from serving.settings import Settings
+
+
+def _prepare_environment(settings: Settings) -> None:
+    """Environment that vLLM reads at import; what the operator set stays."""
+    cores = sorted(os.sched_getaffinity(0))
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}"
+        if cores == list(range(cores[0], cores[-1] + 1))
+        else ",".join(map(str, cores)),
+        "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class VllmEngine:
+    """An `Engine` on vLLM in this process; start it with `start`."""
+
+    def __init__(self, llm: Any, chat: Any, models: Any, info: EngineInfo) -> None:
+        self._llm, self._chat, self._models = llm, chat, models
+        self._info = info
+
+    @classmethod
+    async def start(cls, settings: Settings, adapters: Sequence[Adapter]) -> VllmEngine:
+        """Loads the checkpoint and its adapters; takes half a minute on a small CPU machine.
+
+        Raises:
+            ConfigError: vLLM cannot serve the checkpoint or an adapter.
+        """
+        _prepare_environment(settings)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        llm = AsyncLLM.from_engine_args(_engine_args(settings, adapters))
+        try:
+            models = await _load_adapters(llm, settings, adapters)
+            chat = _chat_server(llm, models)
+        except BaseException:
+            llm.shutdown()
+            raise
+        config = llm.model_config.hf_config
+        vision = config.vision_config
+        info = EngineInfo(
+            model=settings.served_name,
+            num_patches=(vision.image_size // vision.patch_size) ** 2,
+            max_model_len=llm.model_config.max_model_len,
+            vocab_size=config.text_config.vocab_size,
+        )
+        return cls(llm, chat, models, info)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the checkpoint."""
+        return self._info
+
+    async def generate(self, request: Generation) -> Generated:
+        """Decodes one answer under its constraint, greedily."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.max_tokens,
+            logprobs=request.num_logprobs,
+            structured_outputs=StructuredOutputsParams(regex=request.pattern),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
+        )
+        with translated_errors():
+            (engine_input,) = await self._llm.renderer.render_cmpl_async([_prompt(request)])
+            output = None
+            async for output in self._llm.generate(
+                engine_input,
+                params,
+                request.request_id,
+                lora_request=self._models.lora_requests.get(request.adapter),
+            ):
+                pass
+        assert output is not None
+        return _read_output(output)
+
+    async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
+        """Answers through vLLM's own OpenAI chat class."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        body = dict(call.body)
+        if call.pattern is not None:
+            body["structured_outputs"] = {"regex": call.pattern}
+        with translated_errors():
+            request = ChatCompletionRequest(
+                **body,
+                request_id=call.request_id,
+                mm_processor_kwargs=call.retention.processor_kwargs(),
+                add_special_tokens=self._adds_bos,
+            )
+            answer = await self._chat.create_chat_completion(request)
+        if isinstance(answer, ErrorResponse):
+            raise _from_response(answer.error)
+        if call.pattern is None:
+            return answer if request.stream else answer.model_dump(mode="json")
+        if request.stream:
+            return without_leading_space(answer)
+        completion = answer.model_dump(mode="json")
+        for choice in completion["choices"]:
+            choice["message"]["content"] = (choice["message"]["content"] or "").lstrip()
+        return completion
+
+    @property
+    def _adds_bos(self) -> bool:
+        """LLaVA's chat template has no BOS, and LLaVA was trained with one."""
+        tokenizer = self._llm.get_tokenizer()
+        template = getattr(tokenizer, "chat_template", None) or ""
+        bos = tokenizer.bos_token
+        return bos is not None and "bos_token" not in template and bos not in template
+
+    async def tower_images(self) -> int:
+        """Images that went through the vision tower so far (of rank 0)."""
+        return int((await self._llm.collective_rpc("sieve_tower_images"))[0])
+
+    async def check_health(self) -> None:
+        """Raises `EngineDeadError` where the engine core or its worker is gone."""
+        with translated_errors():
+            await self._llm.check_health()
+
+    async def close(self) -> None:
+        """Stops the engine core and its worker."""
+        self._llm.shutdown()
+
+
+async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """A stream whose answers start with the label, not with the space of its first piece."""
+    started: set[int] = set()
+    async for event in events:
+        if not event.startswith("data: {"):
+            yield event
+            continue
+        chunk = json.loads(event.removeprefix("data: "))
+        for choice in chunk.get("choices", []):
+            content = choice["delta"].get("content")
+            if content and choice["index"] not in started:
+                choice["delta"]["content"] = content.lstrip()
+                started.add(choice["index"])
+        yield f"data: {json.dumps(chunk)}\n\n"
+
+
+def _engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    ranks = [adapter.rank for adapter in adapters]
+    lora = {
+        "enable_lora": True,
+        "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
+        "max_loras": min(len(adapters), 8),
+        "max_cpu_loras": max(len(adapters), 8),
+    }
+    return AsyncEngineArgs(
+        model=settings.model,
+        served_model_name=settings.served_name,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        limit_mm_per_prompt={"image": settings.max_images},
+        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        gpu_memory_utilization=settings.gpu_memory,
+        # Hits of the prefix cache need whole blocks, and prompts here are short: 32 is the least
+        # that vLLM's CPU attention takes.
+        block_size=32 if on_cpu else None,
+        enable_prefix_caching=settings.prefix_caching,
+        structured_outputs_config={"backend": "outlines"},
+        hf_overrides=settings.sieve.hf_overrides(),
+        worker_extension_cls="patches.worker.SieveWorker",
+        max_logprobs=MAX_LOGPROBS,
+        **(lora if adapters else {}),
+    )
+
+
+MAX_LOGPROBS = 160
+"""More than any label structure branches at one step."""
+
+
+async def _load_adapters(llm: Any, settings: Settings, adapters: Sequence[Adapter]) -> Any:
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    models = OpenAIServingModels(
+        llm,
+        [BaseModelPath(name=settings.served_name, model_path=settings.model)],
+        lora_modules=[LoRAModulePath(name=a.name, path=a.path) for a in adapters],
+    )
+    await models.init_static_loras()
+    return models
+
+
+def _chat_server(llm: Any, models: Any) -> Any:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    template: dict[str, Any] = {
+        "request_logger": None,
+        "chat_template": None,
+        "chat_template_content_format": "auto",
+    }
+    # The ratio travels in `mm_processor_kwargs`, which the app never takes from a client.
+    renderer = OnlineRenderer(
+        llm.model_config, llm.renderer, trust_request_mm_kwargs=True, **template
+    )
+    renderer.warmup()
+    return OpenAIServingChat(
+        llm,
+        models,
+        "assistant",
+        online_renderer=renderer,
+        enable_prompt_tokens_details=True,
+        **template,
+    )
+
+
+def _prompt(request: Generation) -> dict[str, Any]:
+    prompt: dict[str, Any] = {"prompt_token_ids": request.prompt_ids}
+    if request.images:
+        prompt["multi_modal_data"] = {"image": request.images}
+        prompt["mm_processor_kwargs"] = request.retention.processor_kwargs()
+    return prompt
+
+
+def _read_output(output: Any) -> Generated:
+    completion, stats = output.outputs[0], output.metrics
+    steps = completion.logprobs or []
+    queue_ms = prefill_ms = decode_ms = 0.0
+    if stats is not None:
+        queue_ms = 1e3 * (stats.scheduled_ts - stats.queued_ts)
+        prefill_ms = 1e3 * (stats.first_token_ts - stats.scheduled_ts)
+        decode_ms = 1e3 * (stats.last_token_ts - stats.first_token_ts)
+    return Generated(
+        token_ids=list(completion.token_ids),
+        logprobs=[{i: entry.logprob for i, entry in step.items()} for step in steps],
+        num_prompt_tokens=len(output.prompt_token_ids),
+        num_cached_tokens=output.num_cached_tokens or 0,
+        queue_ms=queue_ms,
+        prefill_ms=prefill_ms,
+        decode_ms=decode_ms,
+    )
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """VLLM's and pydantic's complaints about a request, as ours."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+    try:
+        yield
+    except SieveError:
+        raise
+    except VllmDeadError as error:
+        raise EngineDeadError("the engine stopped; try again shortly") from error
+    except GracefulHTTPError as error:
+        raise OverloadedError(f"the server is at its limit: {error}; try again shortly") from error
+    except (VLLMClientError, ValueError) as error:
+        raise BadRequestError(str(error), param=getattr(error, "parameter", None)) from error
+
+
+def _from_response(error: Any) -> SieveError:
+    if error.code >= 500:
+        return EngineDeadError(error.message)
+    return BadRequestError(error.message, param=error.param)

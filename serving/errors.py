@@ -1,0 +1,71 @@
+"""Mistakes of users, as types: each says the value, what is allowed and how to fix it."""
+
+from __future__ import annotations
+
+
+class SieveError(Exception):
+    """A request or setting that cannot be served; becomes an OpenAI-shaped error body.
+
+    Args:
+        message: what is wrong, what is allowed, how to fix it. Shown to the client as it is, so
+            it never holds a path, a key or a traceback.
+        param: the field at fault, as the client spells it.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body that OpenAI clients understand."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class BadRequestError(SieveError):
+    """A value that is not allowed (400)."""
+
+
+class UnknownModelError(SieveError):
+    """No base model or adapter of that name (404)."""
+
+    status = 404
+    type = "not_found_error"
+    code = "model_not_found"
+
+
+class TooLargeError(SieveError):
+    """More bytes than the server reads (413)."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class OverloadedError(SieveError):
+    """Too much queued; may be tried again (503 with Retry-After)."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class EngineDeadError(SieveError):
+    """The engine is gone (503); the request may be tried again elsewhere."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_dead"
+
+
+class ConfigError(SieveError):
+    """A setting, structure or manifest of the operator that cannot be used."""
+
+
+class AdapterError(ConfigError):
+    """An adapter that cannot be served, or that would do nothing."""

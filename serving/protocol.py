@@ -1,0 +1,138 @@
+"""What crosses between the HTTP side and the engine, wherever the engine lives.
+
+Plain values only: the same objects go to an engine in this process and, pickled, to a Ray replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+from patches.config import Retention
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Facts of the loaded checkpoint that the HTTP side needs.
+
+    Attributes:
+        model: the base model's name in the API.
+        num_patches: P, visual tokens of an image at ratio 1.0.
+        max_model_len: tokens of prompt and answer together.
+        vocab_size: token ids are below it.
+    """
+
+    model: str
+    num_patches: int
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One constrained, greedy decode.
+
+    Attributes:
+        request_id: unique; shows in logs.
+        prompt_ids: one id an image, not yet expanded.
+        images: decoded, RGB.
+        adapter: name of the adapter, or None for the base model.
+        retention: ratio and selector.
+        pattern: what may be decoded (see `serving.constraint`).
+        max_tokens: decoding steps.
+        num_logprobs: alternatives wanted at each step.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    images: list[Image.Image]
+    adapter: str | None
+    retention: Retention
+    pattern: str
+    max_tokens: int
+    num_logprobs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What came out.
+
+    Attributes:
+        token_ids: the decoded ids.
+        logprobs: per step, id to log-probability over the ids the pattern allowed there.
+        num_prompt_tokens: after expansion, so with kept visual tokens.
+        num_cached_tokens: of those, found in the prefix cache.
+        queue_ms: from arrival in the engine to its first scheduling.
+        prefill_ms: from then to the first token.
+        decode_ms: from then to the last token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCall:
+    """One OpenAI chat request, admitted and resolved.
+
+    Attributes:
+        request_id: unique; shows in logs.
+        body: fields of OpenAI's API that vLLM understands, images decoded.
+        retention: ratio and selector.
+        pattern: constraint of a label structure or of choices, or None.
+    """
+
+    request_id: str
+    body: Mapping[str, Any]
+    retention: Retention
+    pattern: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter as the engine loads it.
+
+    Attributes:
+        name: its name in the API.
+        path: its folder on the engine's machine.
+        rank: LoRA rank.
+    """
+
+    name: str
+    path: str = field(repr=False)
+    rank: int
+
+
+class Engine(Protocol):
+    """Holds the model. In process (`serving.engine`) or behind a Ray Serve handle."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the checkpoint."""
+
+    async def generate(self, request: Generation) -> Generated:
+        """Decodes one answer; cancelling the call stops the engine's work for it."""
+
+    async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
+        """Answers a chat: a completion, or server-sent events where the body asks to stream."""
+
+    async def tower_images(self) -> int:
+        """Images that went through the vision tower so far."""
+
+    async def check_health(self) -> None:
+        """Returns if the engine can answer.
+
+        Raises:
+            EngineDeadError: it cannot.
+        """
+
+    async def close(self) -> None:
+        """Stops the engine and its processes."""

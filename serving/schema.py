@@ -1,0 +1,303 @@
+"""What clients may send and what they get: an allow-list, one field at a time.
+
+vLLM's own chat request takes any key and dozens that reach deep into the engine. Here an unknown
+field is a 400 that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from serving.errors import BadRequestError
+from serving.images import ImageLimits, read_data_url
+
+MAX_CHOICES = 128
+MAX_SCHEMA_CHARS = 8_000
+
+
+class Strict(BaseModel):
+    """A body whose unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class RetentionFields(Strict):
+    """Fields of ours that both endpoints take."""
+
+    retention_ratio: float | None = Field(
+        None, gt=0, le=1, description="share of visual tokens kept", examples=[0.4]
+    )
+    selector: str | None = Field(None, description="which patches are kept", examples=["cls"])
+    label_structure: str | None = Field(None, examples=["sentiment"])
+
+
+class LabelRequest(RetentionFields):
+    """Body of `POST /v1/label`."""
+
+    image: str | list[str] | None = Field(
+        None, description="a base64 data URL, or several; may be missing"
+    )
+    text: str = ""
+    model: str | None = Field(None, description="the base model or an adapter")
+
+    @property
+    def images(self) -> list[str]:
+        """The images' data URLs."""
+        if self.image is None:
+            return []
+        return [self.image] if isinstance(self.image, str) else self.image
+
+
+class Retained(BaseModel):
+    """Visual tokens of a request, all of its images together."""
+
+    ratio: float
+    selector: str
+    kept: int
+    patches: int
+
+
+class Usage(BaseModel):
+    """Tokens, as OpenAI counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class LabelResponse(BaseModel):
+    """Answer of `POST /v1/label`.
+
+    `probabilities` are the model's over the allowed labels: a field's are conditional on the labels
+    answered before it and sum to 1.
+    """
+
+    id: str
+    model: str
+    label_structure: str
+    labels: dict[str, str]
+    probabilities: dict[str, dict[str, float]]
+    retention: Retained
+    usage: Usage
+    timing_ms: dict[str, float]
+
+
+class TextPart(Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Strict):
+    """An image of a message."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+
+class StreamOptions(Strict):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+
+
+class StructuredOutputs(Strict):
+    """vLLM's field, of which clients may use `choice`."""
+
+    choice: list[str] = Field(min_length=1, max_length=MAX_CHOICES)
+
+
+class JsonSchema(Strict):
+    """OpenAI's named JSON schema."""
+
+    name: str = Field(max_length=64)
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(RetentionFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=256)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = Field(None, max_length=300)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=8)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    response_format: ResponseFormat | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[str, Field(max_length=256)] | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and (len(value) > 16 or any(len(s) > 256 for s in value)):
+            raise ValueError("at most 16 stop strings of at most 256 characters")
+        return value
+
+    @property
+    def text_chars(self) -> int:
+        """Characters of all texts."""
+        return sum(len(text) for message in self.messages for text in _texts(message))
+
+    def image_urls(self) -> list[str]:
+        """URLs of all images, in order."""
+        return [
+            part.image_url.url
+            for message in self.messages
+            if not isinstance(message.content, str)
+            for part in message.content
+            if isinstance(part, ImagePart)
+        ]
+
+    def engine_fields(self) -> dict[str, Any]:
+        """The generation parameters that go to vLLM as they are."""
+        ours = {*RetentionFields.model_fields, "messages", "structured_outputs", "user"}
+        return self.model_dump(exclude=ours, exclude_none=True, by_alias=True)
+
+
+def _texts(message: Message) -> list[str]:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [part.text for part in message.content if isinstance(part, TextPart)]
+
+
+def read_images(urls: list[str], limits: ImageLimits, param: str) -> list[bytes]:
+    """Encoded images of a request's data URLs; the count is checked before any is read.
+
+    Raises:
+        BadRequestError: too many, or one is not an admitted data URL.
+    """
+    if len(urls) > limits.max_images:
+        raise BadRequestError(
+            f"{len(urls)} images, allowed are {limits.max_images} a request", param=param
+        )
+    return [read_data_url(url, limits, param) for url in urls]
+
+
+def check_chat(request: ChatRequest, vocab_size: int, max_model_len: int) -> None:
+    """Checks that need more than one field or the checkpoint's facts.
+
+    Raises:
+        BadRequestError: names the field, its value and what is allowed.
+    """
+    constraints = {
+        "label_structure": request.label_structure is not None,
+        "structured_outputs": request.structured_outputs is not None,
+        "response_format": request.response_format is not None
+        and request.response_format.type != "text",
+    }
+    given = [name for name, present in constraints.items() if present]
+    if len(given) > 1:
+        raise BadRequestError(f"{' and '.join(given)} exclude each other", param=given[1])
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = getattr(request, name)
+        if value is not None and value > max_model_len:
+            raise BadRequestError(
+                f"{name}={value} is over this model's {max_model_len} tokens", param=name
+            )
+    _check_bias(request.logit_bias or {}, vocab_size)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequestError("stream_options needs stream=true", param="stream_options")
+    if request.response_format is not None:
+        _check_schema(request.response_format)
+
+
+def _check_bias(bias: Mapping[str, float], vocab_size: int) -> None:
+    for token, value in bias.items():
+        if not token.isdecimal() or int(token) >= vocab_size or not -100 <= value <= 100:
+            raise BadRequestError(
+                f"logit_bias has {token[:20]!r}: {value}; token ids are 0 to {vocab_size - 1}, "
+                "values -100 to 100",
+                param="logit_bias",
+            )
+
+
+def _check_schema(form: ResponseFormat) -> None:
+    if form.type == "text":
+        return
+    if form.json_schema is None:
+        raise BadRequestError("response_format has no json_schema", param="response_format")
+    schema = form.json_schema.schema_
+    if len(str(schema)) > MAX_SCHEMA_CHARS:
+        raise BadRequestError(
+            f"the JSON schema has {len(str(schema))} characters, allowed are {MAX_SCHEMA_CHARS}",
+            param="response_format",
+        )
+    _check_schema_keys(schema)
+
+
+_BOUNDS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
+
+
+def _check_schema_keys(node: object, depth: int = 0) -> None:
+    """Refuses what can make a small schema compile for minutes."""
+    if depth > 12:
+        raise BadRequestError("the JSON schema is nested over 12 deep", param="response_format")
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("$ref", "pattern", "patternProperties"):
+                raise BadRequestError(
+                    f"{key!r} in a JSON schema is not accepted; write the schema out, use enum",
+                    param="response_format",
+                )
+            if key in _BOUNDS and not (isinstance(value, int) and 0 <= value <= 256):
+                raise BadRequestError(
+                    f"{key}={value!r} in a JSON schema: 0 to 256 is allowed",
+                    param="response_format",
+                )
+            if key == "enum" and isinstance(value, list) and len(value) > MAX_CHOICES:
+                raise BadRequestError(
+                    f"an enum of {len(value)} values, allowed are {MAX_CHOICES}",
+                    param="response_format",
+                )
+            _check_schema_keys(value, depth + 1)
+    elif isinstance(node, list):
+        for value in node:
+            _check_schema_keys(value, depth + 1)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise BadRequestError("NaN or infinity in the JSON schema", param="response_format")

@@ -1,0 +1,123 @@
+"""A server from its settings: checks, engine, app, in that order; everything stops with it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from transformers import AutoProcessor
+
+from serving.adapters import InstalledAdapter, find_adapters, read_base
+from serving.app import build_app
+from serving.images import ImageLimits
+from serving.labeler import Catalogue, Labeler
+from serving.metrics import Metrics
+from serving.settings import Settings
+from serving.structures import STRUCTURES, LabelStructure, load_structures
+
+Report = Callable[[str], None]
+
+
+def load_tokenizer(model: str) -> Any:
+    """The checkpoint's tokenizer with its chat template (LLaVA keeps that with the processor)."""
+    processor = AutoProcessor.from_pretrained(model)
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    return tokenizer
+
+
+def load_catalogue(settings: Settings) -> Catalogue:
+    """Structures and adapters of the settings, all checked.
+
+    Raises:
+        ConfigError: a structure, manifest or adapter cannot be used; says why.
+    """
+    structures: dict[str, LabelStructure] = dict(STRUCTURES)
+    if settings.structures is not None:
+        structures |= load_structures(settings.structures)
+    adapters: dict[str, InstalledAdapter] = {}
+    if settings.adapters_folder is not None:
+        adapters = find_adapters(settings.adapters_folder, read_base(settings.model))
+    return Catalogue(
+        base=settings.served_name,
+        adapters=adapters,
+        structures=structures,
+        structure=settings.label_structure,
+        retention=settings.sieve.retention,
+    )
+
+
+@asynccontextmanager
+async def running_labeler(settings: Settings, report: Report = print) -> AsyncIterator[Labeler]:
+    """A labeler on an engine in this process; the engine ends with the block."""
+    from serving.engine import VllmEngine
+
+    started = time.perf_counter()
+    catalogue = load_catalogue(settings)
+    report(f"adapters: {', '.join(catalogue.adapters) or 'none'}")
+    report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
+    adapters = [installed.adapter for installed in catalogue.adapters.values()]
+    engine = await VllmEngine.start(settings, adapters)
+    try:
+        labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
+        await warm_up(labeler)
+        report(f"ready in {time.perf_counter() - started:.0f} s")
+        yield labeler
+    finally:
+        await engine.close()
+
+
+async def warm_up(labeler: Labeler) -> None:
+    """One text-only answer a structure: the first client does not wait for grammars to compile."""
+    from serving.labeler import Choices
+
+    for name in labeler.constraints:
+        await labeler.label("warm up", [], Choices(label_structure=name))
+
+
+def image_limits(settings: Settings) -> ImageLimits:
+    """What is admitted, from the settings."""
+    return ImageLimits(
+        max_images=settings.max_images,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+    )
+
+
+def app_for(labeler: Labeler, settings: Settings, metrics: Metrics) -> FastAPI:
+    """The HTTP app of a running labeler."""
+    return build_app(
+        labeler,
+        limits=image_limits(settings),
+        max_text_chars=settings.max_text_chars,
+        metrics=metrics,
+    )
+
+
+async def serve(settings: Settings) -> None:
+    """Runs until SIGINT or SIGTERM."""
+    logging.basicConfig(level=settings.log_level.upper())
+    report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    async with running_labeler(settings, report) as labeler:
+        config = uvicorn.Config(
+            app_for(labeler, settings, Metrics()),
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=30,
+        )
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
+        await task

@@ -1,0 +1,122 @@
+"""Settings of a server: flags over environment (`SIEVE_*`) over a YAML file over defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from patches.config import Retention, SieveConfig
+from patches.selection import SELECTORS
+
+DEMO = Path(__file__).parent / "demo"
+ENV_PREFIX = "SIEVE_"
+
+
+class Settings(BaseSettings):
+    """Everything `python -m serving` can be told.
+
+    Every field is a flag (`--max-num-seqs`), an environment variable (`SIEVE_MAX_NUM_SEQS`) and a
+    key of the YAML file named by `SIEVE_CONFIG` or `--config`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str = Field(
+        str(DEMO / "base"), description="LLaVA-1.5 checkpoint: a folder, or a Hugging Face id"
+    )
+    model_name: str | None = Field(
+        None, description="the base model's name in the API; by default the last part of --model"
+    )
+    adapters: Path | None = Field(
+        None,
+        description="folder with one LoRA adapter a subfolder; the demo's own where the demo "
+        "checkpoint is served",
+    )
+    structures: Path | None = Field(None, description="YAML file with label structures of yours")
+    retention: float = Field(
+        1.0, gt=0, le=1, description="share of visual tokens kept unless a request says otherwise"
+    )
+    selector: str = Field("cls", description=f"which patches are kept: {', '.join(SELECTORS)}")
+    label_structure: str = Field(
+        "sentiment", description="structure of /v1/label where neither request nor adapter says"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="numbers the model computes in; auto is bfloat16 for most checkpoints"
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="most tokens of prompt and answer; by default the checkpoint's"
+    )
+    max_num_seqs: int = Field(64, gt=0, description="most requests decoded at once")
+    max_images: int = Field(4, gt=0, le=64, description="most images in one request")
+    max_image_bytes: int = Field(10_000_000, gt=0, description="most bytes of one encoded image")
+    max_image_pixels: int = Field(16_000_000, gt=0, description="most pixels of one image")
+    max_text_chars: int = Field(20_000, gt=0, description="most characters of a post's text")
+    kv_cache_gib: int = Field(
+        1, gt=0, description="KV cache in whole GiB, on CPU (a GPU uses --gpu-memory)"
+    )
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
+    tower_batch_size: int = Field(8, gt=0, description="most images in one call of the tower")
+    prefix_caching: bool = Field(True, description="reuse the KV of equal prompts")
+    enforce_eager: bool | None = Field(
+        None, description="no compilation or CUDA graphs; by default on CPU only"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="how much is logged"
+    )
+
+    @field_validator("selector")
+    @classmethod
+    def _known_selector(cls, value: str) -> str:
+        if value not in SELECTORS:
+            raise ValueError(f"{value!r} is unknown; allowed are {', '.join(SELECTORS)}")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags come first (as init settings), then the environment, then the YAML file."""
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        path = os.environ.get(f"{ENV_PREFIX}CONFIG")
+        if path:
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=path))
+        return tuple(sources)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the shipped demo checkpoint is served."""
+        return Path(self.model).resolve() == (DEMO / "base").resolve()
+
+    @property
+    def adapters_folder(self) -> Path | None:
+        """Where adapters are looked for."""
+        return self.adapters or (DEMO / "adapters" if self.is_demo else None)
+
+    @property
+    def served_name(self) -> str:
+        """The base model's name in the API."""
+        return self.model_name or ("demo" if self.is_demo else Path(self.model).name)
+
+    @property
+    def sieve(self) -> SieveConfig:
+        """What the plugin is started with."""
+        return SieveConfig(
+            retention=Retention(ratio=self.retention, selector=self.selector),
+            tower_batch_size=self.tower_batch_size,
+        )
