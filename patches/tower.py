@@ -59,11 +59,12 @@ class ClsProbe(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        for name in ("q_proj", "k_proj"):
-            projection = _PlainColumnParallelLinear(
+        self.q_proj, self.k_proj = (
+            _PlainColumnParallelLinear(
                 width, width, prefix=f"{prefix}.{name}", disable_tp=disable_tp
             )
-            setattr(self, name, projection)
+            for name in ("q_proj", "k_proj")
+        )
 
     def forward(self, hidden_states: Tensor, num_heads: int, total_heads: int) -> Tensor:
         """From `(N, 1 + P, D)` hidden states to this rank's `(N, P)` row."""

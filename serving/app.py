@@ -273,12 +273,12 @@ class BodyLimit:
         error = TooLargeError(
             f"the body is larger than {self._max_bytes} bytes; send fewer or smaller images"
         )
+        refusal = JSONResponse(error.body(), status_code=error.status)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            response = JSONResponse(error.body(), status_code=error.status)
-            await response(scope, receive, send)
+            await refusal(scope, receive, send)
             return
-        received = 0
+        received, is_refused = 0, False
 
         async def counted() -> Message:
             nonlocal received
@@ -288,4 +288,13 @@ class BodyLimit:
                 raise error
             return message
 
-        await self._app(scope, counted, send)
+        async def refusing(message: Message) -> None:
+            """FastAPI calls a failed body a 400 of its own; the client gets ours instead."""
+            nonlocal is_refused
+            if received <= self._max_bytes:
+                await send(message)
+            elif not is_refused:
+                is_refused = True
+                await refusal(scope, receive, send)
+
+        await self._app(scope, counted, refusing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import typing
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from serving.errors import ConfigError
 from serving.settings import ENV_PREFIX, Settings
 
-Command = Callable[[], Awaitable[int]]
+Command = Callable[[], Coroutine[None, None, int]]
 
 _SERVE_EPILOG = """\
 Every flag is also an environment variable (SIEVE_MAX_NUM_SEQS=8) and a key of a YAML file

@@ -9,7 +9,7 @@ labels. That this holds for the tokenizer at hand is checked at start, not assum
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,8 +58,7 @@ class FieldTokens:
     @property
     def term(self) -> Term:
         """The field as an Outlines type over spelled ids."""
-        spelled = [spell(ids) for ids in self.segments.values()]
-        return either(*spelled) if len(spelled) > 1 else String(spelled[0])
+        return _any_of(self.segments.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +83,9 @@ class Constraint:
 
     def pattern_below(self, field: int, node: Node) -> str:
         """The pattern after a prefix that ended at `node` of a field: the rest of the answer."""
-        paths = [String(spell(ids)) for ids in _paths(node)]
         rest = [other.term for other in self.fields[field + 1 :]]
         tail = [String(spell(self.tail))] if self.tail else []
-        return to_regex(TermSequence([either(*paths), *rest, *tail]))
+        return to_regex(TermSequence([_any_of(_paths(node)), *rest, *tail]))
 
     @cached_property
     def num_steps(self) -> int:
@@ -101,9 +99,12 @@ class Constraint:
 
     @cached_property
     def num_logprobs(self) -> int:
-        """Most ids that may follow at any step."""
+        """Most ids that may follow at any step.
+
+        After a label that longer labels start with, these and the next field's may follow.
+        """
         widths = [_max_width(field.root) for field in self.fields]
-        return max(widths) + 1  # a label that is another's prefix may also end
+        return max(map(sum, itertools.pairwise([*widths, 1])))
 
     def answer_ids(self, labels: Mapping[str, str]) -> list[int]:
         """Canonical ids of one answer, without the end token."""
@@ -113,8 +114,16 @@ class Constraint:
 
 def pattern_of(sequences: Iterable[Sequence[int]]) -> str:
     """A pattern that admits exactly these id sequences."""
-    spelled = [spell(ids) for ids in sequences]
-    return to_regex(either(*spelled) if len(spelled) > 1 else String(spelled[0]))
+    return to_regex(_any_of(sequences))
+
+
+def _any_of(sequences: Iterable[Sequence[int]]) -> Term:
+    """One of these sequences, longer ones first.
+
+    Outlines' matching is leftmost-first: in `(bad|bad day)` the second is never reached.
+    """
+    spelled = [spell(ids) for ids in sorted(sequences, key=len, reverse=True)]
+    return either(*spelled) if len(spelled) > 1 else String(spelled[0])
 
 
 def compile_structure(structure: LabelStructure, encode_answer: Encoder) -> Constraint:
@@ -142,6 +151,7 @@ def compile_structure(structure: LabelStructure, encode_answer: Encoder) -> Cons
     tail = tuple(encode_answer(structure.render(first))[start:])
     constraint = Constraint(structure=structure, fields=tuple(fields), tail=tail)
     _check_neighbours(constraint, encode_answer, first, names)
+    _check_ends(constraint)
     return constraint
 
 
@@ -173,6 +183,25 @@ def _check_neighbours(
                         f"{structure.name}: the tokens of {right}={other!r} depend on "
                         f"{left}={one!r}; separate fields by punctuation and a space"
                     )
+
+
+def _check_ends(constraint: Constraint) -> None:
+    """After a label, the next field's first id must not also continue a longer label."""
+    for field, following in itertools.pairwise(constraint.fields):
+        for label, longer in _longer_labels(field.root):
+            if longer & following.root.children.keys():
+                raise ConfigError(
+                    f"{constraint.structure.name}.{field.name}={label!r} cannot be told from a "
+                    "longer label followed by the next field; separate fields by other punctuation"
+                )
+
+
+def _longer_labels(node: Node) -> Iterator[tuple[str, set[int]]]:
+    """Labels that longer ones start with, and the ids these go on with."""
+    if node.label is not None and node.children:
+        yield node.label, set(node.children)
+    for child in node.children.values():
+        yield from _longer_labels(child)
 
 
 def _trie(sequences: list[tuple[tuple[int, ...], str]]) -> Node:

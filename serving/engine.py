@@ -89,15 +89,13 @@ class VllmEngine:
         )
         with translated_errors():
             (engine_input,) = await self._llm.renderer.render_cmpl_async([_prompt(request)])
-            output = None
-            async for output in self._llm.generate(
+            outputs = self._llm.generate(
                 engine_input,
                 params,
                 request.request_id,
                 lora_request=self._models.lora_requests.get(request.adapter),
-            ):
-                pass
-        assert output is not None
+            )
+            (output,) = [output async for output in outputs]
         return _read_output(output)
 
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:

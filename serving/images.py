@@ -92,7 +92,8 @@ def decode_image(raw: bytes, limits: ImageLimits, param: str = "image") -> Image
         raise BadRequestError(f"{param} has too many pixels: {error}", param=param) from error
     except Exception as error:  # Pillow's parsers raise many kinds on broken files
         raise BadRequestError(
-            f"{param} ({len(raw)} bytes) is not a readable image; accepted are {', '.join(FORMATS)}",
+            f"{param} ({len(raw)} bytes) is not a readable image; accepted are "
+            f"{', '.join(FORMATS)}",
             param=param,
             code="invalid_image",
         ) from error
@@ -137,7 +138,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageDecoder:
-    """Decodes images in a bounded pool of threads (Pillow's codecs release the interpreter lock)."""
+    """Decodes in a bounded pool of threads; Pillow's codecs release the interpreter lock."""
 
     def __init__(self, limits: ImageLimits, *, num_threads: int = 2) -> None:
         self.limits = limits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -228,11 +229,9 @@ class Labeler:
             )
             generated = await self.engine.generate(again)
             walk(
-                part.node,
+                part,
                 generated.token_ids,
-                generated.logprobs,
-                0,
-                start=part,
+                [{i: math.exp(v) for i, v in step.items()} for step in generated.logprobs],
                 found=scores.probabilities[constraint.fields[part.field].name],
                 unresolved=scores.unresolved,
             )

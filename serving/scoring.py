@@ -52,62 +52,88 @@ def score(
         logprobs: per step, allowed id to log-probability, renormalised over the allowed.
     """
     scores = Scores()
-    step = 0
+    step, also_allowed = 0, frozenset[int]()
     for index, tokens in enumerate(constraint.fields):
-        found: dict[str, float] = dict.fromkeys(tokens.segments, 0.0)
-        label, step = walk(
-            tokens.root,
-            token_ids,
-            logprobs,
-            step,
-            start=Unresolved(
-                field=index, prefix=tuple(token_ids[:step]), node=tokens.root, probability=1.0
-            ),
-            found=found,
-            unresolved=scores.unresolved,
+        start = Unresolved(
+            field=index, prefix=tuple(token_ids[:step]), node=tokens.root, probability=1.0
         )
-        scores.labels[tokens.name] = label
+        path = _renormalised(logprobs, step, also_allowed)
+        found: dict[str, float] = dict.fromkeys(tokens.segments, 0.0)
+        end = walk(start, token_ids[step:], path, found=found, unresolved=scores.unresolved)
+        scores.labels[tokens.name] = end.label
         scores.probabilities[tokens.name] = found
+        step, also_allowed = step + end.num_steps, end.also_allowed
     return scores
 
 
+def _renormalised(
+    logprobs: Sequence[Mapping[int, float]], step: int, also_allowed: frozenset[int]
+) -> list[dict[int, float]]:
+    """Steps from one on, as probabilities.
+
+    Where the field before ended on a label that longer labels start with, its longer labels were
+    still allowed at this field's first step; given that it ended, they are not.
+    """
+    steps = [{i: math.exp(value) for i, value in entry.items()} for entry in logprobs[step:]]
+    if steps and also_allowed:
+        rest = {i: value for i, value in steps[0].items() if i not in also_allowed}
+        total = sum(rest.values())
+        steps[0] = {i: value / total for i, value in rest.items()}
+    return steps
+
+
+@dataclass(frozen=True)
+class PathEnd:
+    """Where a walk ended.
+
+    Attributes:
+        label: the label on the path.
+        num_steps: ids from the start to the label's end.
+        also_allowed: ids of longer labels that were allowed at the step after it.
+    """
+
+    label: str
+    num_steps: int
+    also_allowed: frozenset[int]
+
+
 def walk(
-    node: Node,
-    token_ids: Sequence[int],
-    logprobs: Sequence[Mapping[int, float]],
-    step: int,
-    *,
     start: Unresolved,
+    token_ids: Sequence[int],
+    steps: Sequence[Mapping[int, float]],
+    *,
     found: dict[str, float],
     unresolved: list[Unresolved],
-) -> tuple[str, int]:
+) -> PathEnd:
     """Follows decoded ids below a node; fills `found`, and `unresolved` with what branched off.
 
-    Returns:
-        The label on the path, and the step after it.
+    Args:
+        start: the node, the ids before it, and the probability of reaching it.
+        token_ids: ids decoded from there on.
+        steps: per id, allowed id to probability.
+        found: label to probability, filled in.
+        unresolved: parts of the trie whose labels the path did not tell apart, added to.
     """
-    probability, prefix = start.probability, list(start.prefix)
+    node, probability, prefix = start.node, start.probability, list(start.prefix)
+    depth = 0
     while len(node.labels()) > 1:
-        steps = {i: math.exp(value) for i, value in logprobs[step].items()}
-        chosen = token_ids[step]
-        ended = node.label is not None and chosen not in node.children
+        step, chosen = steps[depth], token_ids[depth]
         for token_id, child in node.children.items():
-            if token_id == chosen:
-                continue
-            share = probability * steps.get(token_id, 0.0)
-            _settle(child, share, (*prefix, token_id), start.field, found, unresolved)
+            if token_id != chosen:
+                share = probability * step.get(token_id, 0.0)
+                _settle(child, share, (*prefix, token_id), start.field, found, unresolved)
         if node.label is not None:
-            others = sum(steps.get(token_id, 0.0) for token_id in node.children)
-            found[node.label] = probability * max(0.0, 1.0 - others)
-        if ended:
+            longer = sum(step.get(token_id, 0.0) for token_id in node.children)
+            found[node.label] = probability * max(0.0, 1.0 - longer)
+        if chosen not in node.children:
             assert node.label is not None
-            return node.label, step
-        probability *= steps[chosen]
+            return PathEnd(node.label, depth, frozenset(node.children))
+        probability *= step[chosen]
         prefix.append(chosen)
-        node, step = node.children[chosen], step + 1
+        node, depth = node.children[chosen], depth + 1
     (label,) = node.labels()
     found[label] = probability
-    return label, step + _depth(node)
+    return PathEnd(label, depth + _depth(node), frozenset())
 
 
 def _settle(

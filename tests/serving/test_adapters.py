@@ -1,0 +1,137 @@
+"""Adapters that would fail, or do nothing without a word, are refused with the reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from serving.adapters import check_adapter, find_adapters, read_base
+from serving.errors import AdapterError
+from serving.manifest import Manifest, fingerprint
+
+
+@pytest.fixture(scope="module")
+def base(published):
+    return read_base(str(published))
+
+
+@pytest.fixture
+def adapter(published_adapters, tmp_path):
+    return shutil.copytree(published_adapters / "first", tmp_path / "mine")
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def test_good_adapters_are_found_with_rank_and_manifest(published_adapters, base):
+    found = find_adapters(published_adapters, base)
+    assert {name: item.adapter.rank for name, item in found.items()} == {"first": 8, "second": 16}
+    assert found["first"].manifest == Manifest()
+
+
+def test_a_manifest_is_read_back_as_written(adapter, base, published):
+    manifest = Manifest(
+        label_structure="llavac",
+        base_model="base",
+        base_fingerprint=fingerprint(published),
+        retention_ratio=0.4,
+        quality={"test": {"accuracy": 0.97}},
+    )
+    manifest.save(adapter)
+    assert check_adapter(adapter, base).manifest == manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["multi_modal_projector"]}, "modules_to_save"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"r": 1024}, "rank 1024"),
+        ({"r": 16}, "has shape"),
+    ],
+)
+def test_what_vllm_cannot_apply_is_refused(adapter, base, changes, message):
+    change_config(adapter, **changes)
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(adapter, base)
+
+
+def test_keys_of_a_text_only_model_are_refused(adapter, base):
+    change_weights(
+        adapter, lambda w: {k.replace("model.language_model.", "model."): v for k, v in w.items()}
+    )
+    with pytest.raises(AdapterError, match="no place for, so it would be ignored"):
+        check_adapter(adapter, base)
+
+
+def test_layers_that_the_base_does_not_have_are_refused(adapter, base):
+    change_weights(
+        adapter, lambda w: {k.replace("layers.1.", "layers.9."): v for k, v in w.items()}
+    )
+    with pytest.raises(AdapterError, match=r"layers\.9"):
+        check_adapter(adapter, base)
+
+
+def test_an_adapter_of_zeros_is_refused(adapter, base):
+    change_weights(
+        adapter,
+        lambda w: {k: torch.zeros_like(v) if ".lora_B" in k else v for k, v in w.items()},
+    )
+    with pytest.raises(AdapterError, match="would do nothing"):
+        check_adapter(adapter, base)
+
+
+def test_one_acting_module_is_enough(adapter, base):
+    change_weights(
+        adapter,
+        lambda w: {
+            k: torch.zeros_like(v) if ".lora_B" in k and "q_proj" not in k else v
+            for k, v in w.items()
+        },
+    )
+    assert check_adapter(adapter, base).adapter.name == "mine"
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, base):
+    Manifest(base_model="other", base_fingerprint="0" * 32).save(adapter)
+    with pytest.raises(AdapterError, match="another base .'other'"):
+        check_adapter(adapter, base)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "sieve.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 100, b"[]"])
+def test_broken_files_are_refused(adapter, base, name, content):
+    (adapter / name).write_bytes(content)
+    with pytest.raises(AdapterError, match="mine"):
+        check_adapter(adapter, base)
+
+
+def test_missing_weights_are_refused(adapter, base):
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="missing"):
+        check_adapter(adapter, base)
+
+
+def test_all_bad_adapters_of_a_folder_are_named_at_once(published_adapters, base, tmp_path):
+    for name in ("one", "two", "good"):
+        shutil.copytree(published_adapters / "first", tmp_path / name)
+    for name in ("one", "two"):
+        change_config(tmp_path / name, use_dora=True)
+    with pytest.raises(AdapterError, match="'one'.*'two'"):
+        find_adapters(tmp_path, base)
+    with pytest.raises(AdapterError, match="does not exist"):
+        find_adapters(tmp_path / "no", base)
