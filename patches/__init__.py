@@ -9,10 +9,11 @@ from patches.config import ARCHITECTURE
 
 
 def register() -> None:
-    """Registers the architecture and exact decoding; may be called any number of times."""
+    """Registers the architecture, exact decoding and repairs; may be called any number of times."""
     from vllm import ModelRegistry
 
-    from patches import canonical
+    from patches import canonical, repairs
 
     ModelRegistry.register_model(ARCHITECTURE, "patches.model:SieveLlavaForConditionalGeneration")
     canonical.install()
+    repairs.apply()

@@ -78,3 +78,10 @@ def published_server(published, published_adapters, structures_file):
         model_name="published",
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def bfloat16_server():
+    """The shipped demo as it is served by default."""
+    with RunningServer(dtype="bfloat16") as server:
+        yield server

@@ -1,0 +1,130 @@
+"""Repairs of upstream faults, one function each: symptom, mechanism, remove when.
+
+Every repair checks that what it replaces still looks as it did and raises where upstream moved it,
+so that an upgrade is noticed at start and not in the answers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+_BGMV = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+
+
+def apply() -> None:
+    """Applies the repairs this platform needs; may be called any number of times."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        lora_rows_on_cpu()
+
+
+def lora_rows_on_cpu() -> None:
+    """On CPU, a base-model request batched with adapters' requests gets an adapter's answer.
+
+    Symptom: the base model's labels change with what else is in the batch; no error.
+    Mechanism: a row without LoRA has index -1; `vllm/lora/ops/torch_ops/lora_ops.py` (0.32.0)
+    gathers `weights[-1]`, the last adapter's. The gather also copies a whole factor for every
+    token. Here rows are grouped by adapter and multiplied by its factor once; -1 is left alone.
+    Remove when: vllm-project/vllm#48421 or #49656 is in the release.
+
+    Raises:
+        RuntimeError: upstream's functions changed.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    ours: dict[str, Callable[..., None]] = {
+        "bgmv_shrink": bgmv_shrink,
+        "bgmv_expand": bgmv_expand,
+        "bgmv_expand_slice": bgmv_expand_slice,
+    }
+    for name in _BGMV:
+        upstream, repaired = getattr(lora_ops, name), ours[name]
+        if upstream is repaired:
+            continue
+        if list(inspect.signature(upstream).parameters) != list(
+            inspect.signature(repaired).parameters
+        ) or not hasattr(punica_cpu, name):
+            raise RuntimeError(f"vLLM's {name} changed; see patches/repairs.py")
+        setattr(lora_ops, name, repaired)  # the prefill variants call it from there
+        setattr(punica_cpu, name, repaired)
+
+
+def _adapter_rows(weights: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of each adapter in a batch, and its factor `(out, in)`; rows of index -1 are skipped."""
+    for index in indices.unique().tolist():
+        if index >= 0:
+            rows = (indices == index).nonzero()[:, 0]
+            yield rows, weights[index].reshape(weights.shape[-2:])
+
+
+def bgmv_shrink(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    scaling: float = 1.0,
+) -> None:
+    """`output[:, :r] = scaling * inputs @ A^T`, each row with its adapter's A; 0 without one."""
+    rank = lora_b_weights.shape[-2]
+    output_tensor[:, :rank] = 0
+    for rows, factor in _adapter_rows(lora_b_weights, lora_indices_tensor):
+        product = inputs[rows].to(output_tensor.dtype) @ factor.to(output_tensor.dtype).T
+        output_tensor[rows, :rank] = scaling * product
+
+
+def bgmv_expand(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    add_inputs: bool = True,
+) -> None:
+    """`output += inputs @ B^T`, each row with its adapter's B; unchanged without one.
+
+    Adapter and model may pad the output differently, so the common width counts.
+    """
+    width = min(lora_b_weights.shape[-2], output_tensor.shape[1])
+    _expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor, 0, width, add_inputs)
+
+
+def bgmv_expand_slice(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    """`bgmv_expand` into columns `slice_offset` to `slice_offset + slice_size`."""
+    _expand(
+        inputs,
+        lora_b_weights,
+        output_tensor,
+        lora_indices_tensor,
+        slice_offset,
+        slice_size,
+        add_inputs,
+    )
+
+
+def _expand(
+    inputs: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    indices: Tensor,
+    offset: int,
+    width: int,
+    add_inputs: bool,
+) -> None:
+    columns = output[:, offset : offset + width]
+    if not add_inputs:
+        columns[:] = 0
+    for rows, factor in _adapter_rows(weights, indices):
+        product = inputs[rows].to(output.dtype) @ factor[:width].to(output.dtype).T
+        columns.index_add_(0, rows, product)

@@ -1,0 +1,72 @@
+"""Each repair, against the definition and against what upstream does where upstream is right."""
+
+import inspect
+
+import pytest
+import torch
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
+
+from patches import repairs
+
+# Upstream's own source, whether or not the repair already took its place in this process.
+UPSTREAM: dict = {"torch": torch}
+exec(inspect.getsource(lora_ops), UPSTREAM)
+
+
+def batch(indices, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(indices)
+    return (
+        torch.randn(rows, 6, generator=generator),
+        torch.randn(3, 1, 4, 6, generator=generator),
+        torch.randn(rows, 9, generator=generator),
+        torch.tensor(indices),
+    )
+
+
+CALLS = {
+    "bgmv_shrink": (0.5,),
+    "bgmv_expand": (True,),
+    "bgmv_expand_slice": (2, 4, True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("indices", [[0], [2, 2, 2], [0, 1, 2, 1, 0]])
+def test_rows_with_adapters_are_as_upstream_computes_them(name, indices):
+    inputs, weights, output, rows = batch(indices)
+    ours, theirs = output.clone(), output.clone()
+    getattr(repairs, name)(inputs, weights, ours, rows, *CALLS[name])
+    UPSTREAM[name](inputs, weights, theirs, rows, *CALLS[name])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["bgmv_expand", "bgmv_expand_slice"])
+def test_rows_without_adapter_are_left_alone(name):
+    inputs, weights, output, rows = batch([-1, 1, -1, 2])
+    changed = output.clone()
+    getattr(repairs, name)(inputs, weights, changed, rows, *CALLS[name])
+    assert torch.equal(changed[[0, 2]], output[[0, 2]])
+    assert not torch.equal(changed[[1, 3]], output[[1, 3]])
+
+
+def test_upstream_still_gives_rows_without_adapter_the_last_one():
+    """When this fails, upstream is repaired: remove `lora_rows_on_cpu`."""
+    inputs, weights, output, rows = batch([-1])
+    changed = output.clone()
+    UPSTREAM["bgmv_expand"](inputs, weights, changed, rows, True)
+    assert not torch.equal(changed, output)
+
+
+def test_the_repair_is_in_place_and_may_be_applied_again():
+    repairs.apply()
+    repairs.apply()
+    for name in repairs._BGMV:
+        assert getattr(lora_ops, name) is getattr(punica_cpu, name) is getattr(repairs, name)
+
+
+def test_a_moved_upstream_is_noticed(monkeypatch):
+    monkeypatch.setattr(lora_ops, "bgmv_expand", lambda inputs, weights: None)
+    with pytest.raises(RuntimeError, match="bgmv_expand changed"):
+        repairs.lora_rows_on_cpu()
