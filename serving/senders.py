@@ -155,22 +155,12 @@ class HttpSender(Sender):
         }
         self._retries = retries or Retries()
         self._most_lost, self._num_lost = max(8, concurrency), 0
-        if not self.server.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"server={server!r} is not a URL; expected e.g. http://127.0.0.1:8000",
-                param="server",
-            )
-        try:
-            self._client = httpx.AsyncClient(
-                base_url=self.server,
-                timeout=httpx.Timeout(300, connect=10, pool=None),
-                limits=httpx.Limits(
-                    max_connections=concurrency, max_keepalive_connections=concurrency
-                ),
-                transport=transport,
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise ConfigError(f"server={server!r} is not a URL: {error}", param="server") from error
+        self._client = httpx.AsyncClient(
+            base_url=_url(self.server),
+            timeout=httpx.Timeout(300, connect=10, pool=None),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            transport=transport,
+        )
 
     async def fields(self) -> Fields:
         """The fields of a first answer, to a short text, which also tells whether all is well."""
@@ -229,6 +219,18 @@ class HttpSender(Sender):
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._client.aclose()
+
+
+def _url(server: str) -> httpx.URL:
+    try:
+        url = httpx.URL(server)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(
+            f"server={server!r} is not a URL; expected e.g. http://127.0.0.1:8000", param="server"
+        )
+    return url
 
 
 _BUSY = (429, 503)
