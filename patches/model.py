@@ -119,9 +119,14 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_mm_lora_token_counts(
         self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int
     ) -> tuple[int, int | None]:
-        """Rows of the tower (1 + P, [CLS] included) and of the projector (K), for one image."""
-        del modality, mm_kwargs
-        return 1 + self._num_patches, num_mm_embeds
+        """Rows of the tower (1 + P, [CLS] included) and of the projector (K), for one image.
+
+        vLLM also asks with its whole encoder budget and no image, to size the index buffers of a
+        batch: the budget counts kept tokens, so as many images may come as it has tokens.
+        """
+        del modality
+        num_images = 1 if mm_kwargs is not None else num_mm_embeds
+        return num_images * (1 + self._num_patches), num_mm_embeds
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads published (old) and transformers >= 4.52 or 5 (new) weight names alike."""

@@ -57,15 +57,3 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
-
-    def close(self) -> None:
-        """Takes the metrics out of the registry, so that another server can add its own."""
-        for metric in (
-            self.requests,
-            self.latency,
-            self.kept_tokens,
-            self.saved_tokens,
-            self.labels,
-            self.tower_images,
-        ):
-            self.registry.unregister(metric)

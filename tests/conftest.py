@@ -80,7 +80,7 @@ def published_server(published, published_adapters, structures_file):
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bfloat16_server():
     """The shipped demo as it is served by default."""
     with RunningServer(dtype="bfloat16") as server:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from serving.metrics import Metrics
 from serving.server import app_for, running_labeler
@@ -34,9 +35,8 @@ class RunningServer:
         self.labeler = await self._stack.enter_async_context(
             running_labeler(self.settings, report=lambda line: None)
         )
-        metrics = Metrics()
-        self._stack.callback(metrics.close)
-        app = app_for(self.labeler, self.settings, metrics)
+        # vLLM's own metrics are one set a process; tests/serving/test_command_line.py reads them.
+        app = app_for(self.labeler, self.settings, Metrics(CollectorRegistry()))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self._serving = asyncio.create_task(self._server.serve())
         while not self._server.started:

@@ -101,7 +101,7 @@ BAD_CHATS = [
     ({"structured_outputs": {"regex": "(a+)+b"}}, 400, "structured_outputs"),
     ({"structured_outputs": {"choice": []}}, 400, "structured_outputs"),
     ({"structured_outputs": {"choice": ["x"] * 1000}}, 400, "structured_outputs"),
-    ({"structured_outputs": {"choice": ["a"]}, "label_structure": "llavac"}, 400, "structured_outputs"),
+    ({"structured_outputs": {"choice": ["a"]}, "label_structure": "llavac"}, 400, "structured"),
     *(
         ({field: 1}, 400, field)
         for field in (
