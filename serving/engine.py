@@ -26,7 +26,10 @@ def _prepare_environment(settings: Settings) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}"
         if cores == list(range(cores[0], cores[-1] + 1))
         else ",".join(map(str, cores)),
-        "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
+        # A start prints some forty of vLLM's warnings, about things that are as they should be.
+        "VLLM_LOGGING_LEVEL": {"warning": "ERROR"}.get(
+            settings.log_level, settings.log_level.upper()
+        ),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -145,6 +148,7 @@ class VllmEngine:
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
+        self._llm = self._chat = self._models = None  # its destructor fails at interpreter exit
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:

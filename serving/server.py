@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,30 @@ async def serve(settings: Settings) -> None:
             port=settings.port,
             log_level=settings.log_level,
             timeout_graceful_shutdown=30,
+            lifespan="off",
         )
-        server = uvicorn.Server(config)
+        server = QuietServer(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
         task = asyncio.create_task(server.serve())
         while not server.started and not task.done():
             await asyncio.sleep(0.02)
         if server.started:
             report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
         await task
+        report("stopping")
+
+
+class QuietServer(uvicorn.Server):
+    """Uvicorn that leaves signals to us; its own way ends the process before the engine is."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+    def stop(self) -> None:
+        """Answers what was accepted, then ends; at once the second time."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
