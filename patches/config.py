@@ -90,3 +90,27 @@ def resolve_retention(kwargs: Mapping[str, object], default: Retention) -> Reten
         ratio=kwargs.get(RATIO_KEY, default.ratio),  # type: ignore[arg-type]
         selector=kwargs.get(SELECTOR_KEY, default.selector),  # type: ignore[arg-type]
     )
+
+
+def check_checkpoint(config: Any) -> None:
+    """Refuses checkpoints that are not LLaVA-1.5-like, before anything is built.
+
+    Raises:
+        ValueError: names the setting, its value and what is supported.
+    """
+    if config.vision_config.model_type != "clip_vision_model":
+        raise ValueError(
+            f"vision_config.model_type={config.vision_config.model_type!r} is not supported; "
+            "the tower must be CLIP's (LLaVA-1.5)"
+        )
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not "
+            "supported; it must be 'default' (patches without [CLS])"
+        )
+    num_layers = config.vision_config.num_hidden_layers
+    if config.vision_feature_layer not in (-1, -2, num_layers, num_layers - 1):
+        raise ValueError(
+            f"vision_feature_layer={config.vision_feature_layer!r} is not supported; [CLS] "
+            "attention of all layers needs features of the last or the last but one (-2)"
+        )

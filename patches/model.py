@@ -17,7 +17,7 @@ from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForCo
 from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from patches.config import read_config
+from patches.config import check_checkpoint, read_config
 from patches.processor import SieveProcessingInfo, SieveProcessor
 from patches.selection import SELECTORS, PatchView, select
 from patches.tower import ClsProbe, ClsTower
@@ -145,27 +145,3 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                     continue
                 name = f"vision_tower.cls_probe.{part}"
             yield name, weight
-
-
-def check_checkpoint(config: Any) -> None:
-    """Refuses checkpoints that are not LLaVA-1.5-like, before anything is built.
-
-    Raises:
-        ValueError: names the setting, its value and what is supported.
-    """
-    if not isinstance(config.vision_config, CLIPVisionConfig):
-        raise ValueError(
-            f"vision_config.model_type={config.vision_config.model_type!r} is not supported; "
-            "the tower must be CLIP's (LLaVA-1.5)"
-        )
-    if config.vision_feature_select_strategy != "default":
-        raise ValueError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not "
-            "supported; it must be 'default' (patches without [CLS])"
-        )
-    num_layers = config.vision_config.num_hidden_layers
-    if config.vision_feature_layer not in (-1, -2, num_layers, num_layers - 1):
-        raise ValueError(
-            f"vision_feature_layer={config.vision_feature_layer!r} is not supported; [CLS] "
-            "attention of all layers needs features of the last or the last but one (-2)"
-        )

@@ -19,6 +19,8 @@ from serving.schema import ChatRequest, ImagePart, Message
 def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler) -> ChatCall:
     """Resolves settings and constraint of a chat; messages keep the client's own words.
 
+    Under a label structure the likeliest answer is given unless the request sets a temperature.
+
     Raises:
         SieveError: unknown model, structure or selector.
     """
@@ -35,6 +37,8 @@ def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler
     body["messages"] = [
         _message(message, decoded, labeler.tokenizer) for message in request.messages
     ]
+    if request.label_structure is not None:
+        body.setdefault("temperature", 0.0)
     return ChatCall(
         request_id=uuid.uuid4().hex,
         body=body,

@@ -13,7 +13,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from serving.adapters import RANKS
-from serving.errors import BadRequestError, EngineDeadError, OverloadedError, SieveError
+from serving.errors import (
+    BadRequestError,
+    ConfigError,
+    EngineDeadError,
+    OverloadedError,
+    SieveError,
+)
 from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation
 from serving.settings import Settings
 
@@ -55,7 +61,10 @@ class VllmEngine:
         _prepare_environment(settings)
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        llm = AsyncLLM.from_engine_args(_engine_args(settings, adapters))
+        try:
+            llm = AsyncLLM.from_engine_args(_engine_args(settings, adapters))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
             models = await _load_adapters(llm, settings, adapters)
             chat = _chat_server(llm, models)

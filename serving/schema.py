@@ -98,7 +98,7 @@ class ImageUrl(Strict):
     """An image of a message."""
 
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto"] | None = None  # the retention ratio says how closely to look
 
 
 class ImagePart(Strict):
@@ -116,7 +116,6 @@ class Message(Strict):
 
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None
 
 
 class StreamOptions(Strict):

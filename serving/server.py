@@ -14,10 +14,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
+from patches.config import check_checkpoint
 from serving.adapters import InstalledAdapter, find_adapters, read_base
 from serving.app import build_app
+from serving.errors import ConfigError
 from serving.images import ImageLimits
 from serving.labeler import Catalogue, Labeler
 from serving.metrics import Metrics
@@ -33,6 +35,28 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = processor.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     return tokenizer
+
+
+def check_model(model: str) -> None:
+    """Refuses what cannot be served before half a minute is spent on loading it.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is not LLaVA-1.5-like.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model={model!r} cannot be read: {error}", param="model") from error
+    if config.model_type != "llava":
+        raise ConfigError(
+            f"model={model!r} is a {config.model_type!r} model; a LLaVA-1.5 checkpoint in Hugging "
+            "Face's format is needed, e.g. llava-hf/llava-1.5-7b-hf",
+            param="model",
+        )
+    try:
+        check_checkpoint(config)
+    except ValueError as error:
+        raise ConfigError(f"model={model!r}: {error}", param="model") from error
 
 
 def load_catalogue(settings: Settings) -> Catalogue:
@@ -62,6 +86,7 @@ async def running_labeler(settings: Settings, report: Report = print) -> AsyncIt
     from serving.engine import VllmEngine
 
     started = time.perf_counter()
+    check_model(settings.model)
     catalogue = load_catalogue(settings)
     report(f"adapters: {', '.join(catalogue.adapters) or 'none'}")
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")

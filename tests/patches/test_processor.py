@@ -133,3 +133,8 @@ def test_random_seeds_follow_the_pixels_and_nothing_else(processor):
 def test_a_bad_retention_is_a_value_error_in_the_processor_too(processor, kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         process(processor, [noise()], **kwargs)
+
+
+def test_images_as_embeddings_are_refused(processor):
+    with pytest.raises(ValueError, match="embed"):
+        process(processor, torch.randn(1, 576, 64))

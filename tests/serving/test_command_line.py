@@ -1,5 +1,6 @@
 """`python -m serving` as a user starts it, with the README's own examples."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from serving.cli import parse_command, read_settings
 from serving.errors import ConfigError
+from serving.server import check_model
 from serving.settings import Settings
 from tests.pictures import data_url, noise
 
@@ -163,6 +165,17 @@ def test_posts_are_labelled_by_an_engine_of_its_own(tmp_path):
 def test_a_setting_that_is_not_allowed_is_named(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_command(arguments)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "other", "layer"])
+def test_a_checkpoint_that_cannot_be_served_is_refused_before_loading(tmp_path, published, kind):
+    if kind == "other":
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    elif kind == "layer":
+        config = json.loads((published / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -4}))
+    with pytest.raises(ConfigError, match="model='.*(cannot be read|'bert' model|=-4 is not)"):
+        check_model(str(tmp_path))
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):

@@ -113,14 +113,17 @@ def test_kept_patches_equal_the_references_in_float32(case, ratio, selector):
 
 
 def test_mixed_ratios_and_selectors_in_one_batch_keep_what_they_keep_alone(case):
+    """Twenty images: more than one micro-batch of the tower."""
     server, yardstick = case[0], reference_for(case, None)
-    pixels = yardstick.process([noise(seed) for seed in range(8)])
+    count = 20
+    assert count > server.settings.tower_batch_size
+    pixels = yardstick.process([noise(seed) for seed in range(count)])
     num_patches = server.labeler.engine.info.num_patches
-    kept = [max(1, num_patches * (index + 1) // 8) for index in range(8)]
-    names = [list(SELECTORS)[index % len(SELECTORS)] for index in range(8)]
-    seeds = list(range(8))
+    kept = [max(1, num_patches * (index + 1) // count) for index in range(count)]
+    names = [list(SELECTORS)[index % len(SELECTORS)] for index in range(count)]
+    seeds = list(range(count))
     together = select_in_worker(server, pixels, kept, names, seeds)
-    for index in range(8):
+    for index in range(count):
         one = slice(index, index + 1)
         assert together[one] == select_in_worker(
             server, pixels[one], kept[one], names[one], seeds[one]

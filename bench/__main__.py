@@ -1,0 +1,80 @@
+"""`python -m bench <command>`: one measurement, a Markdown table, and every sample as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench import server, shape, tower
+from bench.environment import describe
+from bench.outcome import BenchError
+
+COMMANDS = {"tower": tower, "shape": shape, "server": server}
+_EPILOG = """\
+Every command compares its variants in one run: they alternate within each round, in an order
+drawn anew from --seed, every request has an image never seen before, warm-up is not counted, and
+ratios are medians over rounds with a bootstrap 95 % interval. The table goes to stdout, progress
+to stderr, and --json FILE stores environment, exact command, settings and every raw sample.
+Leave the machine alone while a command runs.
+
+examples:
+  python -m bench tower                       the vision tower beside vLLM's own, scoring's share
+  python -m bench shape --layers 2            seconds, to see that it works; without --layers: 7B
+  python -m bench server --json server.json   our HTTP server beside vLLM's
+  python -m bench shape --help                what a command measures, and its options
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Paired, interleaved measurements of LLaVA Sieve.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, module in COMMANDS.items():
+        teaching = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=teaching.split("\n", 1)[0].rstrip("."),
+            description=teaching,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--seed", type=int, default=0, help="of orders and images (default 0)")
+        command.add_argument("--json", type=Path, help="write everything there, for machines")
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0 when it measured, 2 for an argument that cannot be used.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: its folder does not exist")
+    environment = describe(argv)
+    try:
+        outcome = COMMANDS[options.command].run(options)
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(outcome.markdown())
+    if options.json is not None:
+        stored = {"environment": environment, **outcome.as_json()}
+        options.json.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

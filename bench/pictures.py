@@ -1,0 +1,23 @@
+"""Fresh pictures: no cache of a server or engine has seen one before."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed: int, index: int, size: tuple[int, int] = (336, 336)) -> Image.Image:
+    """Blocks of random colours, the same for the same seed and index."""
+    rng = np.random.default_rng((seed, index))
+    blocks = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+def picture_url(seed: int, index: int, size: tuple[int, int] = (336, 336)) -> str:
+    """The same as a PNG data URL."""
+    buffer = io.BytesIO()
+    picture(seed, index, size).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
