@@ -171,7 +171,7 @@ async def test_an_answer_that_is_no_200_ends_the_run_with_what_it_said():
     transport = httpx.MockTransport(lambda request: httpx.Response(503, text="too busy"))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         with pytest.raises(BenchError, match="503 too busy"):
-            await contest.post_json(client, "/v1/label", {})
+            await contest.closed_loop(client, [("/v1/label", {})] * 4, 2)
 
 
 def test_pictures_are_fresh_and_repeatable():
