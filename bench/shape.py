@@ -92,10 +92,10 @@ def start_engine(folder: str, options: argparse.Namespace) -> Any:
         "prefix_caching": False,
     }
     settings = Settings(**chosen)
-    engine._prepare_environment(settings)
+    engine.prepare_environment(settings)
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    arguments = engine._engine_args(settings, ())
+    arguments = engine.engine_args(settings, ())
     arguments.load_format = "dummy"
     return AsyncLLM.from_engine_args(arguments)
 

@@ -10,6 +10,7 @@ travels to the worker as the tensor `num_kept`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,12 +40,12 @@ def image_seed(pixels: Tensor) -> int:
 class SieveProcessingInfo(LlavaProcessingInfo):
     """LLaVA's processing facts, plus the engine's default retention."""
 
-    @property
+    @functools.cached_property
     def default_retention(self) -> Retention:
         """What a request gets that does not ask."""
         return read_config(self.get_hf_config()).retention
 
-    @property
+    @functools.cached_property
     def num_patches(self) -> int:
         """P of one image."""
         return self.get_max_image_tokens()
@@ -82,7 +83,7 @@ class SieveProcessor(LlavaMultiModalProcessor):
             dataclasses.replace(inputs, hf_processor_mm_kwargs={**kwargs, "sieve": identity})
         )
 
-    @property
+    @functools.cached_property
     def _image_processing(self) -> str:
         """The checkpoint's image processing (crop or pad, size, mean), as a short hash."""
         settings = self.info.get_hf_processor().image_processor.to_json_string()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
+
+import uvloop
 
 from serving.cli import parse_command
 from serving.errors import SieveError
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv)
-        return asyncio.run(command())
+        return uvloop.run(command())
     except SieveError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generatio
 from serving.settings import Settings
 
 
-def _prepare_environment(settings: Settings) -> None:
+def prepare_environment(settings: Settings) -> None:
     """Environment that vLLM reads at import; what the operator set stays."""
     cores = sorted(os.sched_getaffinity(0))
     defaults = {
@@ -58,11 +58,15 @@ class VllmEngine:
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
         """
-        _prepare_environment(settings)
+        prepare_environment(settings)
+        import torch
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # Threads of this process (image resizing) would spin beside those of the worker.
+        torch.set_num_threads(1)
+
         try:
-            llm = AsyncLLM.from_engine_args(_engine_args(settings, adapters))
+            llm = AsyncLLM.from_engine_args(engine_args(settings, adapters))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
@@ -71,6 +75,9 @@ class VllmEngine:
         except BaseException:
             llm.shutdown()
             raise
+        if llm.renderer.mm_processor is None:
+            llm.shutdown()
+            raise ConfigError(f"vLLM took {settings.model!r} for a text-only model; start again")
         config = llm.model_config.hf_config
         vision = config.vision_config
         info = EngineInfo(
@@ -176,18 +183,12 @@ async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str
         yield f"data: {json.dumps(chunk)}\n\n"
 
 
-def _engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
+def engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
+    """VLLM's engine arguments of a server."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    ranks = [adapter.rank for adapter in adapters]
-    lora = {
-        "enable_lora": True,
-        "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
-        "max_loras": min(len(adapters), 8),
-        "max_cpu_loras": max(len(adapters), 8),
-    }
     return AsyncEngineArgs(
         model=settings.model,
         served_model_name=settings.served_name,
@@ -205,8 +206,19 @@ def _engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
         hf_overrides=settings.sieve.hf_overrides(),
         worker_extension_cls="patches.worker.SieveWorker",
         max_logprobs=MAX_LOGPROBS,
-        **(lora if adapters else {}),
+        **(lora_args(adapters) if adapters else {}),
     )
+
+
+def lora_args(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Room for the adapters: most rank, how many in one batch, how many in memory."""
+    most = max(adapter.rank for adapter in adapters)
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(rank for rank in RANKS if rank >= most),
+        "max_loras": min(len(adapters), 8),
+        "max_cpu_loras": max(len(adapters), 8),
+    }
 
 
 MAX_LOGPROBS = 160

@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from patches.config import check_checkpoint
@@ -21,7 +22,7 @@ from serving.adapters import InstalledAdapter, find_adapters, read_base
 from serving.app import build_app
 from serving.errors import ConfigError
 from serving.images import ImageLimits
-from serving.labeler import Catalogue, Labeler
+from serving.labeler import Catalogue, Choices, Labeler
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.structures import STRUCTURES, LabelStructure, load_structures
@@ -102,11 +103,9 @@ async def running_labeler(settings: Settings, report: Report = print) -> AsyncIt
 
 
 async def warm_up(labeler: Labeler) -> None:
-    """One text-only answer a structure: the first client does not wait for grammars to compile."""
-    from serving.labeler import Choices
-
+    """One answer a structure with an image: the first client waits for nothing to compile."""
     for name in labeler.constraints:
-        await labeler.label("warm up", [], Choices(label_structure=name))
+        await labeler.label("", [Image.new("RGB", (8, 8))], Choices(label_structure=name))
 
 
 def image_limits(settings: Settings) -> ImageLimits:

@@ -57,7 +57,7 @@ def _load_request(path):
 
 @pytest.fixture(scope="module")
 def server(adapter, published):
-    upstream = serving.engine._engine_args
+    upstream = serving.engine.engine_args
 
     def with_tower_lora(settings, adapters):
         args = upstream(settings, [Adapter(name="tower", path=str(adapter[1]), rank=8)])
@@ -65,7 +65,7 @@ def server(adapter, published):
         return args
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving.engine, "_engine_args", with_tower_lora)
+        patch.setattr(serving.engine, "engine_args", with_tower_lora)
         server = TowerLoraServer(
             adapter[1], model=str(published), dtype="float32", max_model_len=2600
         )
