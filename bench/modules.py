@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from bench.flops import Shape
-from patches.tower import ClsProbe, ClsTower, cls_row
+from patches.tower import ClsProbe, ClsTower, cls_attention, cls_logits
 
 
 class Towers:
@@ -72,9 +72,9 @@ class Towers:
 
     def _score(self) -> Tensor:
         heads = self._shape.tower_heads
-        rows = [cls_row(query, key, heads, heads) for query, key in self._recorded]
-        rows.append(self._probe(self._hidden, heads, heads))
-        return torch.stack(rows, dim=1)
+        logits = [cls_logits(query, key, heads) for query, key in self._recorded]
+        logits.append(self._probe(self._hidden, heads))
+        return cls_attention(logits, heads)
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """CLIP's tower, with the [CLS] row of every layer's attention recorded beside it.
 
-Letters: N images, P patches, L layers of the checkpoint's tower, H heads, D width, C head width.
+Letters: N images, P patches, S = 1 + P positions, L layers of the checkpoint's tower, H heads,
+D width, C head width.
 
 The tower keeps its fused attention. Of each layer only one row of one product is formed again,
-softmax(q_cls K^T), 0.007 % of the tower's work at CLIP-L/336; no (1 + P) x (1 + P) matrix exists.
+q_cls K^T; no (1 + P) x (1 + P) matrix exists. Softmax and means over heads and layers are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +21,47 @@ from vllm.model_executor.models.clip import CLIPVisionModel
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 
-def cls_row(query: Tensor, key: Tensor, num_heads: int, total_heads: int) -> Tensor:
-    """One layer's [CLS] attention, the sum over local heads divided by all heads.
+def cls_logits(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    """One layer's attention logits of [CLS], in the tower's own precision.
+
+    The heads' queries stand in the blocks of one `(D, H)` matrix, so that a single product with
+    the keys as they lie gives all heads: no head is copied out and no key is converted, which
+    would cost several times the product itself.
 
     Args:
-        query: `(N, S, H * C)`, only position 0 is read.
-        key: `(N, 1 + P, H * C)`.
+        query: `(N, S, D)`, only position 0 is read; D = heads of this rank times their width.
+        key: `(N, S, D)`, S = 1 + P.
         num_heads: heads of this rank.
-        total_heads: heads of all ranks; summing the result over ranks gives the mean.
 
     Returns:
-        `(N, P)` float32.
+        `(N, S, H)`.
     """
     num_images, num_positions, width = key.shape
-    q_NHC = query[:, 0].float().view(num_images, num_heads, width // num_heads)
-    k_NSHC = key.float().view(num_images, num_positions, num_heads, width // num_heads)
-    logits_NHS = torch.einsum("nhc,nshc->nhs", q_NHC, k_NSHC) * (width // num_heads) ** -0.5
-    return logits_NHS.softmax(dim=-1).sum(dim=1)[:, 1:] / total_heads
+    q_NHC1 = query[:, 0].reshape(num_images, num_heads, -1, 1) * (width // num_heads) ** -0.5
+    one_HH = torch.eye(num_heads, dtype=key.dtype, device=key.device)
+    q_NDH = (q_NHC1 * one_HH[:, None, :]).view(num_images, width, num_heads)
+    if key.device.type != "cpu":
+        return torch.matmul(key, q_NDH)
+    logits = key.new_empty(num_images, num_positions, num_heads)
+    for image in range(num_images):  # the CPU's batched product would copy the keys first
+        torch.mm(key[image], q_NDH[image], out=logits[image])
+    return logits
+
+
+def cls_attention(logits: Sequence[Tensor], total_heads: int) -> Tensor:
+    """[CLS] attention of all layers, the sum over local heads divided by all heads.
+
+    Summed over tensor-parallel ranks this is the mean over heads.
+
+    Args:
+        logits: one `(N, S, H)` a layer.
+        total_heads: heads of all ranks.
+
+    Returns:
+        `(N, L, P)` float32.
+    """
+    logits_NLSH = torch.stack(list(logits), dim=1).float()
+    return logits_NLSH.softmax(dim=2).sum(dim=3)[:, :, 1:] / total_heads
 
 
 class _PlainColumnParallelLinear(ColumnParallelLinear):
@@ -66,12 +91,12 @@ class ClsProbe(nn.Module):
             for name in ("q_proj", "k_proj")
         )
 
-    def forward(self, hidden_states: Tensor, num_heads: int, total_heads: int) -> Tensor:
-        """From `(N, 1 + P, D)` hidden states to this rank's `(N, P)` row."""
+    def forward(self, hidden_states: Tensor, num_heads: int) -> Tensor:
+        """From `(N, 1 + P, D)` hidden states to this rank's `(N, 1 + P, H)` logits."""
         normed = self.layer_norm1(hidden_states)
         query, _ = self.q_proj(normed[:, :1])
         key, _ = self.k_proj(normed)
-        return cls_row(query, key, num_heads, total_heads)
+        return cls_logits(query, key, num_heads)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads `layer_norm1`, `q_proj` and `k_proj` of the tower's last layer."""
@@ -95,7 +120,7 @@ class ClsTower:
         self._tower, self._probe = tower, probe
         self.batch_size = batch_size
         self.num_images = 0
-        self._rows: list[Tensor] | None = None
+        self._logits: list[Tensor] | None = None
         layers: Any = tower.vision_model.encoder.layers
         self.feature_layer = len(layers) - 1
         attention = layers[0].self_attn
@@ -106,10 +131,10 @@ class ClsTower:
             layer.self_attn.attn.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if self._rows is None:
+        if self._logits is None:
             return
         assert len(args) >= 2, "vLLM's CLIPAttention calls its attention as attn(q, k, v)"
-        self._rows.append(cls_row(args[0], args[1], self._num_heads, self._total_heads))
+        self._logits.append(cls_logits(args[0], args[1], self._num_heads))
 
     def __call__(self, pixels: Tensor, *, needs_cls: bool) -> tuple[Tensor, Tensor]:
         """From `(N, 3, H, W)` pixels to `(N, P, D)` features and `(N, L, P)` [CLS] attention.
@@ -122,18 +147,17 @@ class ClsTower:
         return torch.cat(features), torch.cat(attention)
 
     def _run(self, pixels: Tensor, needs_cls: bool) -> tuple[Tensor, Tensor]:
-        self._rows = [] if needs_cls else None
+        self._logits = [] if needs_cls else None
         try:
             hidden_states = self._tower(pixels, feature_select_strategy="full")
             features = hidden_states[:, 1:]
-            if self._rows is None:
+            if self._logits is None:
                 return features, features.new_zeros(len(pixels), 1, features.shape[1])
             if self._probe is not None:
-                row = self._probe(hidden_states, self._num_heads, self._total_heads)
-                self._rows.append(row)
-            attention = torch.stack(self._rows, dim=1)
+                self._logits.append(self._probe(hidden_states, self._num_heads))
+            attention = cls_attention(self._logits, self._total_heads)
         finally:
-            self._rows = None
+            self._logits = None
         if self._tp_size > 1:
             attention = tensor_model_parallel_all_reduce(attention)
         return features, attention
