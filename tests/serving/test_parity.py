@@ -130,16 +130,29 @@ def test_mixed_ratios_and_selectors_in_one_batch_keep_what_they_keep_alone(case)
         )
 
 
-def test_shared_first_tokens_score_like_every_answer_scored_alone(published_server, published):
-    """15 answers, five of whose labels share first tokens, each teacher-forced by Hugging Face."""
-    server = published_server
-    constraint = server.labeler.constraints["quality"]
-    image, text, ratio = noise(4), "a great day", 0.4
-    choices = Choices(label_structure="quality", retention_ratio=ratio)
+def test_shared_first_tokens_score_like_every_answer_scored_alone(
+    published_server, published, published_adapters
+):
+    """15 answers, three of whose labels share a first token, each scored by Hugging Face."""
+    passes = []
+    for adapter in (None, "first", "second"):
+        yardstick = reference(published, published_adapters / adapter if adapter else None)
+        for seed in (4, 5):
+            result, mass = _label_and_score_exhaustively(published_server, yardstick, adapter, seed)
+            passes.append(result.num_passes)
+            assert sum(mass.values()) == pytest.approx(1.0, abs=1e-4)
+            answered = ()
+            for field, found in result.scores.probabilities.items():
+                assert found == pytest.approx(_conditional(mass, answered), abs=TOLERANCE)
+                answered = (*answered, result.scores.labels[field])
+    assert max(passes) > 1, "no answer left the shared token's branch: other images are needed"
+
+
+def _label_and_score_exhaustively(server, yardstick, adapter, seed):
+    constraint, tokenizer = server.labeler.constraints["quality"], server.labeler.tokenizer
+    image, text, ratio = noise(seed), "a great day", 0.4
+    choices = Choices(model=adapter, label_structure="quality", retention_ratio=ratio)
     result = server.call(server.labeler.label(text, [image], choices))
-    assert result.num_passes > 1
-    yardstick = reference(published, None)
-    tokenizer = server.labeler.tokenizer
     prompt = encode(tokenizer, render_prompt(tokenizer, constraint.structure, text, 1))
     paths = {
         tuple(labels.values()): [*constraint.answer_ids(labels), tokenizer.eos_token_id]
@@ -150,15 +163,18 @@ def test_shared_first_tokens_score_like_every_answer_scored_alone(published_serv
         labels: yardstick.score(pixels, prompt, ids, ratio=ratio).logprobs
         for labels, ids in paths.items()
     }
-    mass = {labels: _renormalised_mass(paths, labels, rows[labels]) for labels in paths}
-    assert sum(mass.values()) == pytest.approx(1.0, abs=1e-4)
-    answered = ()
-    for index, (field, found) in enumerate(result.scores.probabilities.items()):
-        for label, probability in found.items():
-            under = [m for labels, m in mass.items() if labels[: index + 1] == (*answered, label)]
-            total = [m for labels, m in mass.items() if labels[:index] == answered]
-            assert probability == pytest.approx(sum(under) / sum(total), abs=TOLERANCE), label
-        answered = (*answered, result.scores.labels[field])
+    return result, {labels: _renormalised_mass(paths, labels, rows[labels]) for labels in paths}
+
+
+def _conditional(mass, answered):
+    """Probability of each next label, given the labels answered before it."""
+    depth = len(answered)
+    under = {labels: weight for labels, weight in mass.items() if labels[:depth] == answered}
+    found = dict.fromkeys(labels[depth] for labels in under)
+    for label in found:
+        weights = [weight for labels, weight in under.items() if labels[depth] == label]
+        found[label] = sum(weights) / sum(under.values())
+    return found
 
 
 def _renormalised_mass(paths, labels, rows):
