@@ -48,14 +48,6 @@ class Pictures:
     masks: Tensor
     labels: Tensor
 
-    def split(self, count: int) -> tuple[Pictures, Pictures]:
-        """The first `count` and the rest."""
-        first, rest = slice(None, count), slice(count, None)
-        return self._part(first), self._part(rest)
-
-    def _part(self, part: slice) -> Pictures:
-        return Pictures(pixels=self.pixels[part], masks=self.masks[part], labels=self.labels[part])
-
 
 class Clip(nn.Module):
     """A CLIP vision tower with what it needs in training only: captions and a patch head."""
