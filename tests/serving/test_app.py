@@ -255,4 +255,4 @@ async def test_a_client_that_leaves_cancels_the_work():
 
     with contextlib.suppress(asyncio.CancelledError):
         await until_disconnect(Request({"type": "http"}, receive), work())
-    await asyncio.wait_for(cancelled.wait(), 1)
+    assert await asyncio.wait_for(cancelled.wait(), 1)
