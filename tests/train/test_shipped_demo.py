@@ -14,7 +14,7 @@ from train.demo.build import REPORT_NAME, SHIPPED
 from train.demo.dataset import normalize, stack_pixels, synthesize
 from train.demo.lora import ADAPTERS
 from train.demo.quality import load_test
-from train.evaluate import RATIOS, answer_posts, measure, see_posts
+from train.demo.sweep import RATIOS, answer_posts, measure, see_posts
 from train.reference import Reference
 
 BASE = SHIPPED / "base"

@@ -16,7 +16,7 @@ from train.demo.dataset import normalize, stack_pixels, synthesize
 from train.demo.joint import balanced_shares, best_single_accuracy
 from train.demo.lora import ADAPTERS, BASE_NAME
 from train.demo.sentences import Split
-from train.evaluate import (
+from train.demo.sweep import (
     RATIOS,
     SELECTOR_NAMES,
     LabeledPosts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train.evaluate import RATIOS, SELECTOR_NAMES
+from train.demo.sweep import RATIOS, SELECTOR_NAMES
 
 
 def render_report(report: Mapping[str, Any]) -> str:
