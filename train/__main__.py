@@ -13,6 +13,13 @@ from serving.errors import SieveError
 COMMANDS = {
     "demo": "build the demo that ships with the server, from nothing",
     "posts": "write synthetic posts to try things on",
+    "data": "look at a data set, split it, write its ID lists",
+    "base": "train a small LLaVA from nothing on posts of your own",
+    "fit": "train an adapter by a recipe",
+    "evaluate": "say how well an adapter labels, beside baselines",
+    "study": "run one of the papers' cross-checks",
+    "export": "make a trained adapter ready to serve",
+    "fold": "train the projector into a new base checkpoint",
 }
 _EPILOG = """\
 examples:
