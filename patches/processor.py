@@ -25,16 +25,10 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from patches.config import RATIO_KEY, SELECTOR_KEY, Retention, read_config, resolve_retention
-from patches.selection import SELECTORS
+from patches.selection import SELECTORS, image_seed
 
 _OURS = (RATIO_KEY, SELECTOR_KEY)
 _HASH_VERSION = 1
-
-
-def image_seed(pixels: Tensor) -> int:
-    """A 63-bit number from one image's `(3, H, W)` processed pixels, for random selection."""
-    raw = pixels.to(torch.float32).contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
 
 
 class SieveProcessingInfo(LlavaProcessingInfo):

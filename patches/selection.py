@@ -12,6 +12,7 @@ To add a selector: write a function from `PatchView` to `(P,)` scores and add a 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ def num_kept(num_patches: int, ratio: float) -> int:
     if not 0.0 < ratio <= 1.0:
         raise ValueError(f"retention_ratio={ratio} is outside (0, 1]")
     return max(1, math.floor(ratio * num_patches + 0.5))
+
+
+def image_seed(pixels: Tensor) -> int:
+    """A 63-bit number from one image's `(3, H, W)` processed pixels, for random selection."""
+    raw = pixels.to(torch.float32).contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patches.processor import image_seed
+from patches.selection import image_seed
 from patches.selection import SELECTORS
 from serving.labeler import Choices
 from serving.prompts import encode, render_prompt
