@@ -118,7 +118,6 @@ def load_llava(
         ConfigError: it is not a LLaVA-1.5 checkpoint, or the adapter does not load.
     """
     from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
-
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

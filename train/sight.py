@@ -230,7 +230,7 @@ class Sight:
         path = self._folder / "index.jsonl"
         if not path.exists():
             return
-        rows = {}
+        rows: dict[str, tuple[int, int]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
@@ -294,7 +294,7 @@ def see_pixels(model: Llava, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     """Mean over heads of softmax(q_cls K^T), without the [CLS] column, `(N, P)` float32."""
-    num, positions, width = key.shape
+    num, _, width = key.shape
     head = width // num_heads
     query, key = (
         one.float().view(num, -1, num_heads, head).transpose(1, 2) for one in (query, key)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patches.selection import image_seed
-from patches.selection import SELECTORS
+from patches.selection import SELECTORS, image_seed
 from serving.labeler import Choices
 from serving.prompts import encode, render_prompt
 from serving.settings import DEMO
