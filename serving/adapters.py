@@ -7,6 +7,7 @@ zeros all load and do nothing. Such adapters are refused here, with the reason.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from serving.errors import AdapterError
-from serving.manifest import Manifest, fingerprint, load_manifest
+from serving.manifest import (
+    MANIFEST_NAME,
+    ImageMode,
+    Manifest,
+    fingerprint,
+    load_manifest,
+    read_image_mode,
+)
 from serving.protocol import Adapter
+
+logger = logging.getLogger(__name__)
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM allocates for."""
@@ -28,6 +38,11 @@ _KEY = re.compile(
     r"(?:self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     r"\.lora_([AB])(?:\.default)?\.weight"
 )
+_PROJECTOR_KEY = re.compile(
+    r"base_model\.model\.(?:model\.)?multi_modal_projector\.(linear_[12])"
+    r"\.lora_([AB])(?:\.default)?\.weight"
+)
+_SQUARE = {"crop": "cut to a square", "pad": "padded to a square", None: "stretched to a square"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +52,12 @@ class BaseModel:
     Attributes:
         config: the checkpoint's `config.json`.
         fingerprint: of the checkpoint, or None where it is not a local folder.
+        image_mode: what its image processor does to get a square; None where it stretches.
     """
 
     config: Mapping[str, Any]
     fingerprint: str | None
+    image_mode: ImageMode | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +69,19 @@ class InstalledAdapter:
 
 
 def read_base(model: str) -> BaseModel:
-    """Facts of a base checkpoint, a local folder or a Hugging Face id."""
+    """Facts of a base checkpoint, a local folder or a Hugging Face id.
+
+    Raises:
+        ConfigError: it has no image processor.
+    """
     from transformers import AutoConfig
 
     folder = Path(model)
-    config = AutoConfig.from_pretrained(model).to_dict()
-    return BaseModel(config=config, fingerprint=fingerprint(folder) if folder.is_dir() else None)
+    return BaseModel(
+        config=AutoConfig.from_pretrained(model).to_dict(),
+        fingerprint=fingerprint(folder) if folder.is_dir() else None,
+        image_mode=read_image_mode(model),
+    )
 
 
 def find_adapters(folder: Path, base: BaseModel) -> dict[str, InstalledAdapter]:
@@ -82,6 +106,8 @@ def find_adapters(folder: Path, base: BaseModel) -> dict[str, InstalledAdapter]:
 def check_adapter(folder: Path, base: BaseModel) -> InstalledAdapter:
     """Everything that can be known about an adapter before it is loaded.
 
+    One without a manifest is served with the server's defaults, and the log says so.
+
     Raises:
         AdapterError: it would fail in the engine, or load and do nothing.
     """
@@ -90,16 +116,39 @@ def check_adapter(folder: Path, base: BaseModel) -> InstalledAdapter:
         raise AdapterError(f"adapter {name!r}: the name must be letters, digits, '.', '_' and '-'")
     config = _read_config(folder)
     _check_config(name, config)
-    manifest = load_manifest(folder) or Manifest()
+    manifest = load_manifest(folder)
+    if manifest is None:
+        logger.warning(
+            "adapter %r has no %s: its requests get the server's label structure, retention and "
+            "selector unless they ask for others",
+            name,
+            MANIFEST_NAME,
+        )
+        manifest = Manifest()
+    _check_base(name, manifest, base)
+    keys = _check_weights(name, folder, config, base)
+    adapter = Adapter(
+        name=name,
+        path=str(folder.resolve()),
+        rank=int(config["r"]),
+        has_projector=any(_PROJECTOR_KEY.fullmatch(key) for key in keys),
+    )
+    return InstalledAdapter(adapter=adapter, manifest=manifest)
+
+
+def _check_base(name: str, manifest: Manifest, base: BaseModel) -> None:
     trained_on = manifest.base_fingerprint
     if trained_on and base.fingerprint and trained_on != base.fingerprint:
         raise AdapterError(
             f"adapter {name!r} was trained on another base ({manifest.base_model!r}); serve that "
             "checkpoint, or train the adapter again on this one"
         )
-    _check_weights(name, folder, config, base)
-    adapter = Adapter(name=name, path=str(folder.resolve()), rank=int(config["r"]))
-    return InstalledAdapter(adapter=adapter, manifest=manifest)
+    if manifest.image_mode and manifest.image_mode != base.image_mode:
+        raise AdapterError(
+            f"adapter {name!r} was trained on images {_SQUARE[manifest.image_mode]} "
+            f"(image_mode={manifest.image_mode!r}), and this checkpoint's preprocessor_config.json "
+            f"has them {_SQUARE[base.image_mode]}; serve the checkpoint it was trained on"
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -133,7 +182,10 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
         raise AdapterError(f"adapter {name!r} cannot be served: {'; '.join(found)}")
 
 
-def _check_weights(name: str, folder: Path, config: Mapping[str, Any], base: BaseModel) -> None:
+def _check_weights(
+    name: str, folder: Path, config: Mapping[str, Any], base: BaseModel
+) -> list[str]:
+    """Names of the adapter's weights, all of which fit."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise AdapterError(f"adapter {name!r}: adapter_model.safetensors is missing")
@@ -142,6 +194,7 @@ def _check_weights(name: str, folder: Path, config: Mapping[str, Any], base: Bas
             keys = list(file.keys())
             _check_keys(name, keys, int(config["r"]), file, base)
             _check_acts(name, keys, file)
+            return keys
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"adapter {name!r}: adapter_model.safetensors is broken ({type(error).__name__})"
@@ -149,18 +202,18 @@ def _check_weights(name: str, folder: Path, config: Mapping[str, Any], base: Bas
 
 
 def _check_keys(name: str, keys: list[str], rank: int, file: Any, base: BaseModel) -> None:
-    text = base.config["text_config"]
-    shapes = _module_shapes(text)
     for key in keys:
-        match = _KEY.fullmatch(key)
-        if match is None or int(match[1]) >= text["num_hidden_layers"]:
+        place = _place(key, base)
+        if place is None:
+            frozen = " (the vision tower is always frozen)" if "vision_tower" in key else ""
             raise AdapterError(
                 f"adapter {name!r} has weights for {key!r}, which the base model has no place "
-                "for, so it would be ignored; train it on the whole LLaVA with target_modules "
-                "anchored on language_model, e.g. '.*language_model.*q_proj'"
+                f"for, so it would be ignored{frozen}; train it on the whole LLaVA with "
+                "target_modules anchored on language_model, e.g. '.*language_model.*q_proj', and "
+                "on multi_modal_projector if you like"
             )
-        rows, columns = shapes[match[2]]
-        expected = [rank, columns] if match[3] == "A" else [rows, rank]
+        (rows, columns), factor = place
+        expected = [rank, columns] if factor == "A" else [rows, rank]
         found = list(file.get_slice(key).get_shape())
         if found != expected:
             raise AdapterError(
@@ -169,6 +222,20 @@ def _check_keys(name: str, keys: list[str], rank: int, file: Any, base: BaseMode
             )
     if not keys:
         raise AdapterError(f"adapter {name!r} has no weights")
+
+
+def _place(key: str, base: BaseModel) -> tuple[tuple[int, int], str] | None:
+    """Rows and columns of the layer that a weight is for, and which factor it is ('A', 'B')."""
+    text = base.config["text_config"]
+    match = _KEY.fullmatch(key)
+    if match is not None and int(match[1]) < text["num_hidden_layers"]:
+        return _module_shapes(text)[match[2]], match[3]
+    match = _PROJECTOR_KEY.fullmatch(key)
+    if match is not None:
+        hidden = text["hidden_size"]
+        inner = base.config["vision_config"]["hidden_size"] if match[1] == "linear_1" else hidden
+        return (hidden, inner), match[2]
+    return None
 
 
 def _module_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

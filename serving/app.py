@@ -184,6 +184,7 @@ def model_cards(labeler: Labeler) -> list[dict[str, Any]]:
                 "retention_ratio": settings.retention.ratio,
                 "selector": settings.retention.selector,
                 "quality": installed.manifest.quality if installed else {},
+                **(installed.manifest.provenance() if installed else {}),
             }
         )
     return cards

@@ -72,6 +72,9 @@ class VllmEngine:
         try:
             models = await _load_adapters(llm, settings, adapters)
             chat = _chat_server(llm, models)
+        except ValueError as error:
+            llm.shutdown()
+            raise ConfigError(f"vLLM cannot load an adapter: {error}") from error
         except BaseException:
             llm.shutdown()
             raise
@@ -218,6 +221,8 @@ def lora_args(adapters: Sequence[Adapter]) -> dict[str, Any]:
         "max_lora_rank": next(rank for rank in RANKS if rank >= most),
         "max_loras": min(len(adapters), 8),
         "max_cpu_loras": max(len(adapters), 8),
+        # An image's encoder output then depends on the adapter: vLLM keys it by adapter as well.
+        "enable_tower_connector_lora": any(adapter.has_projector for adapter in adapters),
     }
 
 

@@ -104,11 +104,14 @@ class Adapter:
         name: its name in the API.
         path: its folder on the engine's machine.
         rank: LoRA rank.
+        has_projector: whether it has weights for the projector, which vLLM applies only where the
+            engine was started for them.
     """
 
     name: str
     path: str = field(repr=False)
     rank: int
+    has_projector: bool = False
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,21 @@ def load_catalogue(settings: Settings) -> Catalogue:
     Raises:
         ConfigError: a structure, manifest or adapter cannot be used; says why.
     """
-    structures: dict[str, LabelStructure] = dict(STRUCTURES)
-    if settings.structures is not None:
-        structures |= load_structures(settings.structures)
     adapters: dict[str, InstalledAdapter] = {}
     if settings.adapters_folder is not None:
         adapters = find_adapters(settings.adapters_folder, read_base(settings.model))
+    return catalogue_of(settings, adapters)
+
+
+def catalogue_of(settings: Settings, adapters: Mapping[str, InstalledAdapter]) -> Catalogue:
+    """Structures of the settings, with these adapters.
+
+    Raises:
+        ConfigError: a structure or manifest cannot be used; says why.
+    """
+    structures: dict[str, LabelStructure] = dict(STRUCTURES)
+    if settings.structures is not None:
+        structures |= load_structures(settings.structures)
     return Catalogue(
         base=settings.served_name,
         adapters=adapters,
@@ -82,13 +91,21 @@ def load_catalogue(settings: Settings) -> Catalogue:
 
 
 @asynccontextmanager
-async def running_labeler(settings: Settings, report: Report = print) -> AsyncIterator[Labeler]:
-    """A labeler on an engine in this process; the engine ends with the block."""
+async def running_labeler(
+    settings: Settings, report: Report = print, catalogue: Catalogue | None = None
+) -> AsyncIterator[Labeler]:
+    """A labeler on an engine in this process; the engine ends with the block.
+
+    Args:
+        settings: of engine and models.
+        report: gets a line a step.
+        catalogue: what may be asked for; by default what the settings say.
+    """
     from serving.engine import VllmEngine
 
     started = time.perf_counter()
     check_model(settings.model)
-    catalogue = load_catalogue(settings)
+    catalogue = catalogue or load_catalogue(settings)
     report(f"adapters: {', '.join(catalogue.adapters) or 'none'}")
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
     adapters = [installed.adapter for installed in catalogue.adapters.values()]

@@ -1,6 +1,7 @@
 """Adapters that would fail, or do nothing without a word, are refused with the reason."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serving.adapters import check_adapter, find_adapters, read_base
-from serving.errors import AdapterError
-from serving.manifest import Manifest, fingerprint
+from serving.engine import lora_args
+from serving.errors import AdapterError, ConfigError
+from serving.manifest import Manifest, RetentionPoint, Trained, fingerprint, read_image_mode
+from tests.checkpoints import build_adapter, write_processor
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,99 @@ def test_a_manifest_is_read_back_as_written(adapter, base, published):
         label_structure="llavac",
         base_model="base",
         base_fingerprint=fingerprint(published),
+        image_mode="crop",
+        recipe="llavac",
+        trained=Trained(data="posts", num_posts=3, labels={"text": {"positive": 3}}, rank=8),
         retention_ratio=0.4,
+        margin=0.01,
+        retention_curve=[RetentionPoint(selector="cls", ratio=0.4, macro_f1=0.9)],
+        notes=["by LoRA"],
         quality={"test": {"accuracy": 0.97}},
     )
     manifest.save(adapter)
     assert check_adapter(adapter, base).manifest == manifest
+
+
+def test_what_clients_see_of_a_manifest_is_what_it_says_and_nothing_empty():
+    assert Manifest().provenance() == {"retention_curve": [], "notes": []}
+    shown = Manifest(recipe="llavac", trained=Trained(seed=1), base_fingerprint="0").provenance()
+    assert shown["recipe"] == "llavac"
+    assert shown["trained"] == {"seed": 1}
+    assert "base_fingerprint" not in shown
+
+
+def test_an_adapter_without_a_manifest_gets_defaults_and_a_warning(adapter, base, caplog):
+    with caplog.at_level(logging.WARNING, logger="serving"):
+        assert check_adapter(adapter, base).manifest == Manifest()
+    assert "'mine' has no sieve.json" in caplog.text
+    caplog.clear()
+    Manifest().save(adapter)
+    check_adapter(adapter, base)
+    assert not caplog.records
+
+
+def test_an_adapter_of_the_other_image_mode_is_refused(adapter, published, tmp_path):
+    padded = shutil.copytree(published, tmp_path / "padded")
+    write_processor(padded, pad_to_square=True)
+    assert (read_image_mode(published), read_image_mode(padded)) == ("crop", "pad")
+    for mode, served in (("pad", published), ("crop", padded)):
+        Manifest(image_mode=mode, base_fingerprint=fingerprint(published)).save(adapter)
+        with pytest.raises(AdapterError, match=f"image_mode='{mode}'"):
+            check_adapter(adapter, read_base(str(served)))
+        other = padded if served == published else published
+        assert check_adapter(adapter, read_base(str(other))).manifest.image_mode == mode
+
+
+def test_a_checkpoint_without_image_processor_is_refused(published, tmp_path):
+    bare = shutil.copytree(published, tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"'bare' has no readable preprocessor_config\.json"):
+        read_base(str(bare))
+
+
+@pytest.fixture(scope="module")
+def projector_adapter(published, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("projector") / "sharp"
+    targets = r".*(language_model.*\.(q_proj|v_proj)|multi_modal_projector\.linear_\d)"
+    return build_adapter(published, folder, seed=5, target_modules=targets)
+
+
+@pytest.mark.parametrize("prefix", ["model.multi_modal_projector", "multi_modal_projector"])
+def test_adapters_on_the_projector_are_accepted_and_known(
+    projector_adapter, base, tmp_path, prefix
+):
+    folder = shutil.copytree(projector_adapter, tmp_path / "sharp")
+    change_weights(
+        folder,
+        lambda w: {k.replace("model.multi_modal_projector", prefix): v for k, v in w.items()},
+    )
+    adapter = check_adapter(folder, base).adapter
+    assert adapter.has_projector
+    assert lora_args([adapter])["enable_tower_connector_lora"]
+
+
+def test_an_adapter_on_the_language_model_alone_needs_no_projector(adapter, base):
+    plain = check_adapter(adapter, base).adapter
+    assert not lora_args([plain])["enable_tower_connector_lora"]
+
+
+def test_projector_weights_of_another_shape_are_refused(projector_adapter, base, tmp_path):
+    folder = shutil.copytree(projector_adapter, tmp_path / "sharp")
+    change_weights(
+        folder,
+        lambda w: {k: v[:, :-1].clone() if "linear_1.lora_A" in k else v for k, v in w.items()},
+    )
+    with pytest.raises(AdapterError, match=r"linear_1\.lora_A.*has shape"):
+        check_adapter(folder, base)
+
+
+def test_weights_for_the_tower_are_refused(adapter, base):
+    change_weights(
+        adapter,
+        lambda w: {k.replace("language_model", "vision_tower.encoder"): v for k, v in w.items()},
+    )
+    with pytest.raises(AdapterError, match="tower is always frozen"):
+        check_adapter(adapter, base)
 
 
 @pytest.mark.parametrize(
