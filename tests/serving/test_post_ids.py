@@ -1,0 +1,124 @@
+"""Ids: exact sets outside of memory, so that a million posts are read in what a few take."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from serving.errors import ConfigError
+from serving.posts import IdList, IdSet, read_posts
+
+MILLION = 1_000_000
+
+
+def test_a_set_of_ids_is_a_set() -> None:
+    ids, twin = IdSet(), set()
+    for number in range(3000):
+        for id_ in (f"a{number * 7919 % 1000}", f"é{number % 11}", "\udcff", "1", "01", "1.0", ""):
+            assert ids.add(id_) == (id_ not in twin)
+            twin.add(id_)
+    assert len(ids) == len(twin)
+    assert all(id_ in ids for id_ in twin)
+    assert "absent" not in ids
+
+
+def test_a_list_names_the_first_id_that_is_not_known_and_counts_all(tmp_path: Path) -> None:
+    path = tmp_path / "some_ids.txt"
+    path.write_text("a\nb\nc\nd\n")
+    ids = IdList(path)
+    ids.check_all_in("dcba", "there")
+    with pytest.raises(
+        ConfigError, match=r"some_ids.txt line 2: id='b' is not in there; 3 of the 4"
+    ):
+        ids.check_all_in("a", "there")
+
+
+def write_jsonl(path: Path, count: int) -> None:
+    with path.open("w") as file:
+        for number in range(count):
+            row = {"id": f"post-{number}", "text": f"text {number}", "image": "a.jpg"}
+            file.write(json.dumps({**row, "labels": {"sentiment": "neutral"}}) + "\n")
+
+
+def write_csv(path: Path, count: int) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text", "image", "labels.sentiment"])
+        for number in range(count):
+            rows.writerow([f"post-{number}", f"text {number}", "a.jpg", "neutral"])
+
+
+def write_json(path: Path, count: int) -> None:
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "neutral"}]
+    with path.open("w") as file:
+        for number in range(count):
+            row = {"id": f"post-{number}", "image": "a.jpg", "conversations": turns}
+            file.write(("," if number else "[") + json.dumps(row))
+        file.write("]")
+
+
+# In a process of its own: what it takes above a run over the first thousand posts.
+MEASURE = """
+import itertools, resource, sys, time
+from pathlib import Path
+from serving.posts import read_posts
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+posts = read_posts(Path(sys.argv[1]), split=sys.argv[2] or None)
+for post in itertools.islice(read_posts(Path(sys.argv[1])), 1000):
+    pass
+before, start = peak_mib(), time.perf_counter()
+count = sum(1 for _ in posts)
+print(count, peak_mib() - before, time.perf_counter() - start)
+"""
+
+
+def read_apart(source: Path, split: str = "") -> tuple[int, float, float]:
+    """Posts read, MiB on top, seconds."""
+    command = [sys.executable, "-c", MEASURE, str(source), split]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, grown, seconds = done.stdout.split()
+    return int(count), float(grown), float(seconds)
+
+
+WRITERS = {"posts.jsonl": write_jsonl, "posts.csv": write_csv, "posts.json": write_json}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_million_posts_are_read_in_flat_memory(name: str, tmp_path: Path) -> None:
+    write: Callable[[Path, int], None] = WRITERS[name]
+    write(tmp_path / name, MILLION)
+    count, grown, seconds = read_apart(tmp_path / name)
+    print(f"{name}: {count} posts in {seconds:.1f} s, {grown:.1f} MiB on top of a thousand")
+    assert count == MILLION
+    assert grown < 16
+
+
+@pytest.mark.long
+def test_half_a_million_of_a_million_are_chosen_in_flat_memory(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "posts.jsonl", MILLION)
+    ids = "\n".join(f"post-{number}" for number in range(0, MILLION, 2))
+    (tmp_path / "half_ids.txt").write_text(ids)
+    count, grown, seconds = read_apart(tmp_path / "posts.jsonl", "half")
+    print(f"{count} of {MILLION} posts in {seconds:.1f} s, {grown:.1f} MiB on top of a thousand")
+    assert count == MILLION // 2
+    assert grown < 16
+
+
+def test_a_duplicate_far_behind_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "posts.jsonl"
+    write_jsonl(path, 20_000)
+    with path.open("a") as file:
+        file.write('{"id": "post-3", "text": "again"}\n')
+    with pytest.raises(ConfigError, match="line 20001: id='post-3' is there twice"):
+        for _ in read_posts(path):
+            pass
