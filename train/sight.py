@@ -113,7 +113,18 @@ class Sight:
 
     def of(self, post: Post) -> list[Seen]:
         """The images of a post that `see` was given, in order."""
-        return [self[self._key(image)] for image in post.images]
+        return [self.at(image) for image in post.images]
+
+    def at(self, image: Path | bytes) -> Seen:
+        """An image that `see` was given."""
+        row, seed = self._rows[self._key(image)]
+        raw = torch.from_numpy(self._memory[row, self._feature_bytes :].copy())
+        return Seen(
+            features=self._features(row),
+            cls_attention=raw.view(torch.float32).view(-1, self.model.num_patches),
+            feature_layer=self.model.feature_layer,
+            seed=seed,
+        )
 
     def row_of(self, image: Path | bytes) -> int:
         """Place of an image in `features_at`."""
@@ -122,17 +133,6 @@ class Sight:
     def features_at(self, rows: Sequence[int]) -> Tensor:
         """Features of several images at once, `(N, P, D)`."""
         return torch.stack([self._features(row) for row in rows])
-
-    def __getitem__(self, key: str) -> Seen:
-        row, seed = self._rows[key]
-        raw = torch.from_numpy(self._memory[row, self._feature_bytes :].copy())
-        attention = raw.view(torch.float32).view(-1, self.model.num_patches)
-        return Seen(
-            features=self._features(row),
-            cls_attention=attention,
-            feature_layer=self.model.feature_layer,
-            seed=seed,
-        )
 
     @property
     def bytes_per_image(self) -> int:
@@ -305,6 +305,17 @@ def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 def _as_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def broken_image(image: Path | bytes) -> str | None:
+    """Why an image cannot be used, or None where it can."""
+    try:
+        decode_image(image if isinstance(image, bytes) else image.read_bytes(), LIMITS)
+    except BadRequestError as error:
+        return error.message
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 def _bad_image(post: str, image: Path | bytes, reason: str) -> ConfigError:

@@ -1,0 +1,328 @@
+"""From posts to an adapter: the story of one training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from patches.selection import SELECTORS
+from serving.errors import ConfigError
+from serving.manifest import fingerprint
+from serving.posts import Post
+from serving.structures import LabelStructure
+from train.examples import Collator, Examples, check_labels
+from train.files import write_json
+from train.loop import AnswerTrainer, last_checkpoint, take_best
+from train.lora import add_lora, save_lora
+from train.model import DTYPES, Llava, image_mode_of, load_llava
+from train.recipes import Recipe
+from train.sight import Sight
+from train.student import Student
+
+CACHE_BYTES = 50e9  # `cache: auto` keeps features on disk up to here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What an adapter is trained on.
+
+    Attributes:
+        train: posts with a label in every field of the structure.
+        dev: posts to evaluate on, may be empty.
+        source: names for people: data set, splits, posts that were left out.
+    """
+
+    train: Sequence[Post]
+    dev: Sequence[Post]
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    recipe: Recipe,
+    structure: LabelStructure,
+    material: Material,
+    *,
+    base: Path,
+    out: Path,
+    cache: Path | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Trains an adapter, or goes on where a stopped run was; returns its folder.
+
+    `out` becomes a run folder: `config.json`, `log.jsonl`, `tensorboard/`, `checkpoints/`, and,
+    when it is finished, `adapter/` and `run.json`.
+
+    Raises:
+        ConfigError: `out` holds a run with another config, posts cannot be trained on, or the
+            disk is full.
+    """
+    started = time.perf_counter()
+    check_selector(recipe)
+    open_run(out, describe_run(recipe, structure, material, base), fresh=fresh)
+    if (out / "run.json").exists():
+        return out
+    set_seed(recipe.seed)
+    model = load_llava(base, dtype=DTYPES[recipe.dtype])
+    sight = Sight(model, cache)
+    is_cached = prepare_images(recipe, sight, material)
+    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
+    wrapper = add_lora(model, recipe)
+    if recipe.gradient_checkpointing:
+        checkpoint_gradients(model)
+    trainer = AnswerTrainer(
+        student=Student(model, label_smoothing=recipe.label_smoothing),
+        model=model,
+        structure=structure,
+        examples=examples,
+        dev=material.dev,
+        sight=sight,
+        recipe=recipe,
+        folder=out,
+        is_cached=is_cached,
+    )
+    step = run_trainer(trainer, recipe, out)
+    if trainer.is_world_process_zero():
+        _finish(trainer, wrapper, recipe, out, best_step=step, started=started)
+    return out
+
+
+def run_trainer(trainer: AnswerTrainer, recipe: Recipe, out: Path) -> int:
+    """Trains to the end and takes the weights the recipe keeps; returns their step.
+
+    Raises:
+        ConfigError: the disk is full. Finished checkpoints stay, a later run goes on from there.
+    """
+    checkpoint = last_checkpoint(out)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        history = trainer.state.log_history
+        evaluated = [entry["step"] for entry in history if "eval_macro_f1" in entry]
+        if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+            trainer._determine_best_metric(trainer.evaluate(), None)
+    except (OSError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        raise ConfigError(
+            f"--out {out}: the disk is full; free some and run the same command again, it goes on "
+            "from the last checkpoint",
+            param="out",
+        ) from error
+    if recipe.keep == "best" and trainer.eval_dataset is not None:
+        return take_best(trainer, trainer.model)
+    return int(trainer.state.global_step)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk was full: torch and safetensors wrap the system's error in their own."""
+    return "No space left" in str(error) or "os error 28" in str(error)
+
+
+def _finish(
+    trainer: AnswerTrainer,
+    wrapper: Any,
+    recipe: Recipe,
+    out: Path,
+    *,
+    best_step: int,
+    started: float,
+) -> None:
+    """The adapter and `run.json`, each in place by one rename; checkpoints are done with."""
+    partial = out / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    save_lora(wrapper, partial, Path(config["base"]).name)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
+    partial.rename(out / "adapter")
+    evaluations = [
+        {key.removeprefix("eval_"): value for key, value in entry.items()}
+        for entry in trainer.state.log_history
+        if "eval_macro_f1" in entry
+    ]
+    metrics = next((e for e in evaluations if e["step"] == best_step), {})
+    write_json(
+        out / "run.json",
+        {
+            "finished": True,
+            **config,
+            "recipe": recipe.name,
+            "settings": config["recipe"],
+            "num_steps": trainer.state.global_step,
+            "best_step": best_step,
+            "metrics": {k: v for k, v in metrics.items() if k not in ("step", "epoch")},
+            "trainable_parameters": sum(p.numel() for p in trainer.model.learned().values()),
+            "seconds": round(time.perf_counter() - started, 1),
+            "notes": list(recipe.notes),
+        },
+    )
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def describe_run(
+    recipe: Recipe, structure: LabelStructure, material: Material, base: Path
+) -> dict[str, Any]:
+    """What two runs must share to be one."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "label_structure": structure.model_dump(mode="json"),
+        "base": str(base),
+        "base_fingerprint": fingerprint(base) if base.is_dir() else None,
+        "image_mode": image_mode_of(base),
+        "seed": recipe.seed,
+        "data": {
+            **material.source,
+            "train": describe_posts(structure, material.train),
+            "dev": describe_posts(structure, material.dev),
+        },
+    }
+
+
+def describe_posts(structure: LabelStructure, posts: Iterable[Post]) -> dict[str, Any]:
+    """How many posts, and by field and label."""
+    labels: dict[str, dict[str, int]] = {
+        name: dict.fromkeys(allowed, 0) for name, allowed in structure.fields.items()
+    }
+    count = 0
+    for post in posts:
+        count += 1
+        for name, label in check_labels(structure, post).items():
+            labels[name][label] += 1
+    return {"posts": count, "labels": labels}
+
+
+def open_run(out: Path, config: dict[str, Any], *, fresh: bool) -> None:
+    """Starts a run folder, or checks that the one that is there is this run's.
+
+    Raises:
+        ConfigError: it is another run's; names what differs.
+    """
+    path = out / "config.json"
+    if fresh and path.exists():
+        shutil.rmtree(out)
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(
+                f"--out {out} is not empty and holds no run; name another", param="out"
+            )
+        write_json(path, config)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != config:
+        raise ConfigError(
+            f"--out {out} holds a run with another config: {_difference(before, config)}; name "
+            "another folder, or add --fresh to throw that run away",
+            param="out",
+        )
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """The first settings that differ."""
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(_difference(old, new, f"{prefix}{key}."))
+        else:
+            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
+    return "; ".join(found[:5])
+
+
+def check_selector(recipe: Recipe) -> None:
+    """Refuses selectors that do not exist."""
+    if recipe.selector not in SELECTORS:
+        raise ConfigError(
+            f"recipe {recipe.name!r}: selector={recipe.selector!r}; allowed are {list(SELECTORS)}"
+        )
+
+
+def prepare_images(recipe: Recipe, sight: Sight, material: Material) -> bool:
+    """Runs the tower on all images once, where that is cheaper; whether features are cached."""
+    images = {image for post in material.train for image in post.images}
+    needed = len(images) * sight.bytes_per_image
+    is_cached = recipe.cache == "always" or (
+        recipe.cache == "auto" and (recipe.retention_ratio < 1 or needed < CACHE_BYTES)
+    )
+    if is_cached:
+        sight.see(material.train)
+    sight.see(material.dev)
+    return is_cached
+
+
+def checkpoint_gradients(model: Llava) -> None:
+    """Recomputes the language model's activations in the backward pass."""
+    language = model.llava.model.language_model
+    language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def preview(
+    recipe: Recipe, structure: LabelStructure, material: Material, *, base: Path
+) -> dict[str, Any]:
+    """What a training would do, without training: sizes, steps, memory, one example."""
+    check_selector(recipe)
+    model = load_llava(base, dtype=DTYPES[recipe.dtype])
+    sight = Sight(model)
+    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
+    add_lora(model, recipe)
+    student = Student(model)
+    learned = sum(p.numel() for p in student.learned().values())
+    total = sum(p.numel() for p in student.parameters())
+    collator = Collator(model, sight, recipe, is_cached=True)
+    lengths = examples.lengths(collator.tokens_per_image)
+    per_epoch = -(-len(examples) // recipe.batch_size)
+    first = examples[0]
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "train": describe_posts(structure, material.train),
+        "dev": describe_posts(structure, material.dev),
+        "parameters": {"total": total, "trainable": learned, "share": learned / total},
+        "steps": {"per_epoch": per_epoch, "total": round(per_epoch * recipe.num_epochs)},
+        "tokens": {
+            "mean": round(float(lengths.mean()), 1),
+            "longest": int(lengths.max()),
+            "per_image": collator.tokens_per_image,
+        },
+        "memory_gib": estimate_memory(model, recipe, learned, int(lengths.max())),
+        "cache_gib": round(
+            len({i for p in material.train for i in p.images}) * sight.bytes_per_image / 2**30, 3
+        ),
+        "example": {
+            "id": first.id,
+            "prompt": model.tokenizer.decode(first.prompt_ids),
+            "answer": model.tokenizer.decode(first.answer_ids),
+            "prompt_ids": list(first.prompt_ids),
+            "answer_ids": list(first.answer_ids),
+            "weights": [round(weight, 3) for weight in first.weights],
+        },
+    }
+
+
+def estimate_memory(model: Llava, recipe: Recipe, learned: int, longest: int) -> dict[str, float]:
+    """GiB by purpose, a device: what is counted exactly, and a rule of thumb for activations.
+
+    Activations: about 34 bytes a token, layer and channel in 16 bits (Korthikanti et al.,
+    arXiv:2205.05198, without the attention matrix that fused attention never holds), one hidden
+    state a layer with gradient checkpointing.
+    """
+    text = model.config.text_config
+    tokens = recipe.micro_batch_size * longest
+    scale = 1 if recipe.dtype == "bfloat16" else 2
+    a_layer = tokens * text.hidden_size * scale
+    activations = a_layer * text.num_hidden_layers * (2 if recipe.gradient_checkpointing else 34)
+    if recipe.gradient_checkpointing:
+        activations += a_layer * 34
+    weights = sum(p.numel() * p.element_size() for p in model.llava.parameters())
+    sizes = {
+        "weights": weights,
+        "gradients and optimizer": learned * 12,
+        "activations (rule of thumb)": activations,
+    }
+    found = {name: round(size / 2**30, 3) for name, size in sizes.items()}
+    return {**found, "sum": round(sum(sizes.values()) / 2**30, 3)}
