@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from patches.selection import SELECTORS
-from serving.errors import BadRequestError, ConfigError
-from serving.images import ImageLimits, decode_image
+from serving.errors import ConfigError
 from serving.posts import Post
 from serving.structures import LabelStructure
 from train.baselines import majority, perfect_label, tfidf
 from train.evaluated import EvaluatedModel
 from train.predict import Prediction, _other_images
+from train.sight import broken_image
 from train.significance import NUM_RESAMPLES
 
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
-_LIMITS = ImageLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,18 +172,9 @@ def _fault(
             )
     if skip_unlabelled and list(structure.fields)[-1] not in post.labels:
         return f"no label {list(structure.fields)[-1]!r}"
-    if skip_broken and not _opens(post):
+    if skip_broken and any(broken_image(image) for image in post.images):
         return "an image that does not open"
     return None
-
-
-def _opens(post: Post) -> bool:
-    try:
-        for raw in post.image_bytes():
-            decode_image(raw, _LIMITS)
-    except (BadRequestError, OSError):
-        return False
-    return True
 
 
 def evaluate(
