@@ -1,4 +1,4 @@
-"""`python -m serving`: the server, and `label`, which labels posts."""
+"""`python -m serving`: the server, `label`, which labels posts, and `verify`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 when all went well, 2 for a setting that cannot be used, 3 where some posts failed.
+        0 when all went well, 1 for an adapter that is not served as trained, 2 for a setting that
+        cannot be used, 3 where some posts failed.
     """
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""The command line: one flag a field of `Settings`, and the `label` command."""
+"""The command line: one flag a field of `Settings`, and the commands `label` and `verify`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ examples:
   python -m serving --retention 0.4                  keep 40 % of the visual tokens by default
   python -m serving --model llava-hf/llava-1.5-7b-hf --adapters my_adapters
   python -m serving label --help                     label a folder of posts
+  python -m serving verify --help                    check that an adapter is served as trained
 """
 _LABEL_EPILOG = """\
 --data is MVSA-Single's layout, a folder of image/text pairs, a JSONL or a CSV file. Flags of the
@@ -33,6 +34,15 @@ engine (--dtype, --kv-cache-gib, ...) apply where it runs here, without --server
 examples:
   python -m serving label --data posts/ --server http://127.0.0.1:8000 --model llavac
   python -m serving label --data posts.jsonl --model sentiment --out labels.jsonl
+"""
+_VERIFY_EPILOG = """\
+Each adapter must load, answer otherwise than the base model, and give the log-probabilities that
+Hugging Face gave when it was exported (its probes.json). One without probes.json is checked for the
+first two, and the report says so. Exit status: 0 all good, 1 an adapter is not, 2 bad input.
+
+examples:
+  python -m serving verify my_adapters/mine --model checkpoints/base
+  python -m serving verify my_adapters/* --model checkpoints/base --json
 """
 
 
@@ -44,6 +54,8 @@ def parse_command(argv: list[str]) -> Command:
     """
     if argv[:1] == ["label"]:
         return _label_command(argv[1:])
+    if argv[:1] == ["verify"]:
+        return _verify_command(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description="Serve LLaVA-1.5 with kept patches, adapters and label structures.",
@@ -110,6 +122,51 @@ ENGINE_FIELDS = (
     "log_level",
 )
 """Settings that matter where `label` runs the engine itself."""
+
+
+def _verify_command(argv: list[str]) -> Command:
+    from serving.verify import TOLERANCE, VerifyOptions, run_verify
+
+    parser = argparse.ArgumentParser(
+        prog="python -m serving verify",
+        description="Check that adapters are served as they were trained.",
+        epilog=_VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="an adapter's folder")
+    add("--json", action="store_true", help="print the verdicts for machines")
+    add(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="most difference of log-probabilities; of probabilities, a tenth of it "
+        f"(default {TOLERANCE})",
+    )
+    _add_settings(parser, {name: Settings.model_fields[name] for name in VERIFY_FIELDS})
+    given = vars(parser.parse_args(argv))
+    options = VerifyOptions(
+        adapters=given.pop("adapters"),
+        as_json=given.pop("json"),
+        tolerance=given.pop("tolerance"),
+    )
+    if not options.tolerance > 0:
+        raise ConfigError(f"--tolerance {options.tolerance} must be above 0, e.g. {TOLERANCE}")
+    exact = {"dtype": "float32", "max_num_seqs": 8, "max_images": 1, "retention": 1.0}
+    settings = read_settings({**exact, **given})
+    return lambda: run_verify(options, settings)
+
+
+VERIFY_FIELDS = (
+    "model",
+    "structures",
+    "max_model_len",
+    "kv_cache_gib",
+    "gpu_memory",
+    "enforce_eager",
+    "log_level",
+)
+"""Settings of the engine that `verify` starts; it computes in float32."""
 
 
 def read_settings(given: dict[str, object]) -> Settings:

@@ -7,6 +7,7 @@ own requests are built here.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -167,7 +168,8 @@ class VllmEngine:
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
-        self._llm = self._chat = self._models = None  # its destructor fails at interpreter exit
+        self._llm = self._chat = self._models = None
+        gc.collect()  # it is in reference cycles, and its destructor fails at interpreter exit
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:
