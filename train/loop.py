@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -19,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from serving.posts import Post
 from serving.structures import LabelStructure
@@ -79,7 +81,12 @@ class AnswerTrainer(Trainer):
             train_dataset=examples,
             eval_dataset=self._dev or None,
             data_collator=collator,
-            callbacks=[EpochOrder(self.order), RunLog(folder), StopAndSave(recipe.patience)],
+            callbacks=[
+                EpochOrder(self.order),
+                RunLog(folder),
+                StopAndSave(recipe.patience),
+                TensorBoardCallback(SummaryWriter(folder / "tensorboard")),
+            ],
         )
         self.remove_callback(PrinterCallback)
         if not sys.stderr.isatty():
@@ -155,7 +162,7 @@ def make_arguments(
         metric_for_best_model=BEST_METRIC if has_dev else None,
         greater_is_better=True,
         remove_unused_columns=False,
-        report_to=["tensorboard"],
+        report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
