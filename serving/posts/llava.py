@@ -110,7 +110,7 @@ class LlavaPosts(StreamedPosts):
                 where, f"{question.count(_IMAGE)} times {_IMAGE} and {len(images)} images"
             )
         structure = self.reading.structure
-        text = re.sub(rf"\s*{_IMAGE}[ \t]*\n?", "\n", question).strip()
+        text = re.sub(rf"(\s*{_IMAGE})+\s*", "\n", question).strip()
         return Post(
             id=str(number if conversation.id is None else conversation.id),
             text=_asked(structure, text),
