@@ -65,6 +65,11 @@ def fit(
     """
     started = time.perf_counter()
     check_selector(recipe)
+    if recipe.projector == "full":
+        raise ConfigError(
+            "projector='full' is no adapter: vLLM takes none with whole weights; use "
+            "`python -m train fold`, or projector='lora'"
+        )
     open_run(out, describe_run(recipe, structure, material, base), fresh=fresh)
     if (out / "run.json").exists():
         return out
@@ -72,11 +77,29 @@ def fit(
     model = load_llava(base, dtype=DTYPES[recipe.dtype])
     sight = Sight(model, cache)
     is_cached = prepare_images(recipe, sight, material)
-    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
     wrapper = add_lora(model, recipe)
+    trainer = make_trainer(recipe, structure, material, model, sight, out, is_cached=is_cached)
+    step = run_trainer(trainer, recipe, out)
+    if trainer.is_world_process_zero():
+        _finish(trainer, wrapper, recipe, out, best_step=step, started=started)
+    return out
+
+
+def make_trainer(
+    recipe: Recipe,
+    structure: LabelStructure,
+    material: Material,
+    model: Llava,
+    sight: Sight,
+    out: Path,
+    *,
+    is_cached: bool,
+) -> AnswerTrainer:
+    """A trainer of what asks for gradients in the model."""
+    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
     if recipe.gradient_checkpointing:
         checkpoint_gradients(model)
-    trainer = AnswerTrainer(
+    return AnswerTrainer(
         student=Student(model, label_smoothing=recipe.label_smoothing),
         model=model,
         structure=structure,
@@ -87,10 +110,6 @@ def fit(
         folder=out,
         is_cached=is_cached,
     )
-    step = run_trainer(trainer, recipe, out)
-    if trainer.is_world_process_zero():
-        _finish(trainer, wrapper, recipe, out, best_step=step, started=started)
-    return out
 
 
 def run_trainer(trainer: AnswerTrainer, recipe: Recipe, out: Path) -> int:
