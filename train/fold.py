@@ -128,13 +128,11 @@ def write_folded(base: Path, projector: dict[str, Tensor], out: Path) -> None:
 def _replace(path: Path, projector: dict[str, Tensor]) -> set[str]:
     """Puts the weights of a file in place; the names it found there."""
     with safe_open(path, framework="pt") as file:
-        names = {
-            published_name(f"model.{n}") if n.startswith(PROJECTOR) else n for n in file.keys()
-        }
-        found = names & projector.keys()
+        names = list(file.keys())
+        found = set(names) & projector.keys()
         if not found:
             return set()
-        weights = {name: file.get_tensor(name) for name in file.keys()}
+        weights = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(found):
