@@ -17,6 +17,7 @@ ALLOWED = {
         "serving.structures",
         "serving.prompts",
         "serving.manifest",
+        "serving.probes",
         "serving.errors",
         "serving.images",
         "serving.constraint",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import ConfigError
 from serving.manifest import ImageMode, Manifest, RetentionPoint, Trained
-from serving.structures import STRUCTURES, LabelStructure
+from serving.structures import LabelStructure
 
 RUN_NAME = "run.json"
 EVALUATION_NAME = "evaluation.json"
@@ -61,6 +61,11 @@ class Evaluated(BaseModel):
     conclusions: list[str] = Field(default_factory=list)
     configuration: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a server was asked; what weights it had is not known then."""
+        return "server" in self.configuration
+
 
 def read_run(folder: Path) -> Run:
     """The record of a finished run.
@@ -106,10 +111,19 @@ def read_evaluation(folder: Path, run: Run, adapter_fingerprint: str) -> Evaluat
             f"trained for {run.label_structure.name!r}; evaluate this run's adapter",
             param="evaluation",
         )
-    evaluated = found.configuration.get("adapter_fingerprint")
-    if evaluated is not None and evaluated != adapter_fingerprint:
+    if found.configuration.get("prompt") not in (None, run.label_structure.prompt):
         raise ConfigError(
-            f"--evaluation {folder} is of another adapter; evaluate this run's, RUN/adapter",
+            f"--evaluation {folder} asked with another prompt than the adapter was trained with; "
+            "evaluate it again",
+            param="evaluation",
+        )
+    if (
+        not found.is_served
+        and found.configuration.get("adapter_fingerprint") != adapter_fingerprint
+    ):
+        raise ConfigError(
+            f"--evaluation {folder} is of another adapter, or of the base alone; evaluate this "
+            "run's, RUN/adapter",
             param="evaluation",
         )
     return found
@@ -181,6 +195,7 @@ def make_manifest(
         margin: see `recommend`.
     """
     values: dict[str, Any] = {
+        # Whole, with its prompt: a server whose structure of that name differs refuses it.
         "label_structure": run.label_structure,
         "base_model": run.base.name,
         "base_fingerprint": run.base_fingerprint,
@@ -189,8 +204,6 @@ def make_manifest(
         "trained": _trained(run, adapter),
         "notes": [*run.notes],
     }
-    if STRUCTURES.get(run.label_structure.name) == run.label_structure:
-        values["label_structure"] = run.label_structure.name
     if evaluated is None:
         values["notes"].append("Not evaluated: no figures, and no recommended retention ratio.")
         return Manifest(**values)
@@ -203,6 +216,9 @@ def make_manifest(
         if cell.selector == selector and cell.ratio in (1.0, ratio)
     }
     values["notes"] += evaluated.conclusions
+    if evaluated.is_served:
+        served = evaluated.configuration.get("model")
+        values["notes"].append(f"Evaluated through a server, as its model {served!r}.")
     if (evaluated.shuffled_images or {}).get("lowers_the_score") is False:
         values["notes"].append(
             "No recommended retention ratio: other posts' images did not lower the score."
@@ -215,10 +231,9 @@ def make_manifest(
 def _trained(run: Run, adapter: Path) -> Trained:
     lora = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     posts = run.data.get("train") or {}
-    source, split = run.data.get("source"), run.data.get("train_split")
     return Trained(
-        data=Path(str(source)).name if source else None,
-        split=Path(str(split)).name if split else None,
+        data=run.data.get("source"),
+        split=(run.data.get("splits") or {}).get("train"),
         num_posts=posts.get("posts"),
         labels=posts.get("labels"),
         num_epochs=run.settings.get("num_epochs"),
@@ -229,9 +244,8 @@ def _trained(run: Run, adapter: Path) -> Trained:
 
 
 def _split(evaluated: Evaluated) -> str:
-    split = evaluated.configuration.get("split")
-    name = f"{Path(str(split)).name}, " if split else ""
-    return f"{name}{evaluated.num_posts} posts"
+    names = [evaluated.configuration.get(part) for part in ("data", "split")]
+    return ", ".join([*filter(None, names), f"{evaluated.num_posts} posts"])
 
 
 def _figures(cell: Cell) -> dict[str, float]:
