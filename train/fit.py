@@ -6,10 +6,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from patches.selection import SELECTORS
@@ -36,12 +39,28 @@ class Material:
     Attributes:
         train: posts with a label in every field of the structure.
         dev: posts to evaluate on, may be empty.
+        prompts: phrasings of the structure's prompt that take turns over the training posts; none
+            stands for the structure's own.
         source: names for people: data set, splits, posts that were left out.
     """
 
     train: Sequence[Post]
     dev: Sequence[Post]
+    prompts: Sequence[str] = ()
     source: dict[str, Any] = field(default_factory=dict)
+
+
+class Stages:
+    """Seconds of a run by stage, in the order they came."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """What ran since the last end was this stage."""
+        now = time.perf_counter()
+        self.seconds[stage], self._since = round(now - self._since, 3), now
 
 
 def fit(
@@ -63,26 +82,35 @@ def fit(
         ConfigError: `out` holds a run with another config, posts cannot be trained on, or the
             disk is full.
     """
-    started = time.perf_counter()
+    stages = Stages()
     check_selector(recipe)
     if recipe.projector == "full":
         raise ConfigError(
             "projector='full' is no adapter: vLLM takes none with whole weights; use "
             "`python -m train fold`, or projector='lora'"
         )
-    open_run(out, describe_run(recipe, structure, material, base), fresh=fresh)
+    with one_process_first():
+        open_run(out, describe_run(recipe, structure, material, base), fresh=fresh)
     if (out / "run.json").exists():
         return out
     set_seed(recipe.seed)
     model = load_llava(base, dtype=DTYPES[recipe.dtype])
+    stages.end("loading")
     sight = Sight(model, cache)
     is_cached = prepare_images(recipe, sight, material)
+    stages.end("images")
     wrapper = add_lora(model, recipe)
     trainer = make_trainer(recipe, structure, material, model, sight, out, is_cached=is_cached)
     step = run_trainer(trainer, recipe, out)
+    stages.end("training")
     if trainer.is_world_process_zero():
-        _finish(trainer, wrapper, recipe, out, best_step=step, started=started)
+        _finish(trainer, wrapper, recipe, out, best_step=step, stages=stages)
     return out
+
+
+def one_process_first() -> AbstractContextManager[None]:
+    """Where several processes train together, lets the first one go ahead."""
+    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
 
 
 def make_trainer(
@@ -96,7 +124,13 @@ def make_trainer(
     is_cached: bool,
 ) -> AnswerTrainer:
     """A trainer of what asks for gradients in the model."""
-    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
+    examples = Examples(
+        model,
+        structure,
+        material.train,
+        balance=recipe.balance == "weights",
+        prompts=material.prompts,
+    )
     if recipe.gradient_checkpointing:
         checkpoint_gradients(model)
     return AnswerTrainer(
@@ -150,7 +184,7 @@ def _finish(
     out: Path,
     *,
     best_step: int,
-    started: float,
+    stages: Stages,
 ) -> None:
     """The adapter and `run.json`, each in place by one rename; checkpoints are done with."""
     partial = out / "adapter.partial"
@@ -159,6 +193,7 @@ def _finish(
     save_lora(wrapper, partial, Path(config["base"]).name)
     shutil.rmtree(out / "adapter", ignore_errors=True)
     partial.rename(out / "adapter")
+    stages.end("saving")
     evaluations = [
         {key.removeprefix("eval_"): value for key, value in entry.items()}
         for entry in trainer.state.log_history
@@ -176,7 +211,8 @@ def _finish(
             "best_step": best_step,
             "metrics": {k: v for k, v in metrics.items() if k not in ("step", "epoch")},
             "trainable_parameters": sum(p.numel() for p in trainer.model.learned().values()),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(sum(stages.seconds.values()), 1),
+            "seconds_by_stage": stages.seconds,
             "notes": list(recipe.notes),
         },
     )
@@ -196,6 +232,7 @@ def describe_run(
         "seed": recipe.seed,
         "data": {
             **material.source,
+            **({"prompts": list(material.prompts)} if material.prompts else {}),
             "train": describe_posts(structure, material.train),
             "dev": describe_posts(structure, material.dev),
         },
@@ -288,7 +325,13 @@ def preview(
     check_selector(recipe)
     model = load_llava(base, dtype=DTYPES[recipe.dtype])
     sight = Sight(model)
-    examples = Examples(model, structure, material.train, balance=recipe.balance == "weights")
+    examples = Examples(
+        model,
+        structure,
+        material.train,
+        balance=recipe.balance == "weights",
+        prompts=material.prompts,
+    )
     add_lora(model, recipe)
     student = Student(model)
     learned = sum(p.numel() for p in student.learned().values())
