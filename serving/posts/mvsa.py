@@ -52,6 +52,11 @@ class MvsaPosts(Posts):
 
     def __init__(self, source: Path, reading: Reading) -> None:
         super().__init__(source, reading)
+        if not (source / "data").is_dir():
+            raise ConfigError(
+                f"data={source.name!r} has {MVSA_LABELS} but no folder data/ of ID.jpg, ID.txt",
+                param="data",
+            )
         rows = dict(_read_labels(source / MVSA_LABELS))
         if reading.chosen is not None:
             agreed = [id_ for id_, labels in rows.items() if labels is not None]
@@ -64,7 +69,7 @@ class MvsaPosts(Posts):
     @staticmethod
     def matches(source: Path) -> bool:
         """Whether the source has this layout."""
-        return (source / MVSA_LABELS).is_file() and (source / "data").is_dir()
+        return (source / MVSA_LABELS).is_file()
 
     def _read(self) -> Iterator[Post]:
         data = self.source / "data"

@@ -140,9 +140,10 @@ class JsonlPosts(RowPosts):
         values = {name: row[name] for name in Row.model_fields if name in row}
         values |= {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
         named = {name: values.pop(name) for name in fields if "." in name and name in values}
-        if named:
-            labels = {name.removeprefix("labels."): label for name, label in named.items()}
-            values["labels"] = {**(values.get("labels") or {}), **labels}
+        labels = {} if values.get("labels") is None else values["labels"]
+        if named and isinstance(labels, dict):
+            own = {name.removeprefix("labels."): label for name, label in named.items()}
+            values["labels"] = {**labels, **own}
         return values
 
     def _mend(self, values: object, line: str) -> object:

@@ -69,6 +69,12 @@ def test_a_table_of_another_number_of_annotators_is_refused(
         read_posts(write_multiple(tmp_path, {"1": pairs}, header))
 
 
+def test_a_table_without_its_folder_is_no_folder_of_pairs(tmp_path: Path) -> None:
+    (tmp_path / MVSA_LABELS).write_text("ID\ttext,image\n1\tneutral,neutral\n")
+    with pytest.raises(ConfigError, match="no folder data/"):
+        read_posts(tmp_path)
+
+
 HEADER = "index\t#1 Label\t#2 ImageID\t#3 String\t#3 String"
 
 
@@ -248,6 +254,16 @@ def test_a_label_that_is_a_number_is_refused_under_the_files_own_name(tmp_path: 
     path.write_text('{"tweet": "a", "y": 2}\n')
     with pytest.raises(ConfigError, match=r"line 1: y=2: .*string"):
         list(read_posts(path, fields={"text": "tweet", "labels.sentiment": "y"}))
+
+
+def test_a_label_of_its_own_name_joins_the_others(tmp_path: Path) -> None:
+    path, fields = tmp_path / "own.jsonl", {"labels.sentiment": "y"}
+    path.write_text('{"text": "a", "y": "neutral", "labels": {"image": "positive"}}\n')
+    (post,) = read_posts(path, fields=fields)
+    assert post.labels == {"image": "positive", "sentiment": "neutral"}
+    path.write_text('{"text": "a", "y": "neutral", "labels": 3}\n')
+    with pytest.raises(ConfigError, match="line 1: labels=3"):
+        list(read_posts(path, fields=fields))
 
 
 def test_names_of_ones_own_are_refused_where_the_layout_fixes_them(tmp_path: Path) -> None:

@@ -222,8 +222,8 @@ def _make(flags: Flags) -> Sequence[Split]:
         raise ConfigError("--make needs --field, the label to spread evenly, or --structure")
     posts = _read(flags, flags.split[0] if flags.split else None)
     if flags.make == "stratified":
-        return [stratified(posts, flags.label_field, seed=flags.seed)]
-    return k_folds(posts, flags.label_field, k=flags.folds, seed=flags.seed)
+        return [stratified(_with_bar(posts), flags.label_field, seed=flags.seed)]
+    return k_folds(_with_bar(posts), flags.label_field, k=flags.folds, seed=flags.seed)
 
 
 def _survey_parts(flags: Flags, splits: Sequence[Split]) -> tuple[list[list[Survey]], int]:
