@@ -1,4 +1,4 @@
-"""The demo's LLaVA: its configuration, and how it is written in the published llava-1.5 format.
+"""A small LLaVA: its configuration, and how it is written in the published llava-1.5 format.
 
 transformers 5 saves `vision_tower.encoder...`, which vLLM refuses; the published checkpoints say
 `vision_tower.vision_model...` and `language_model.model...`, which both read.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from serving.manifest import ImageMode
 from serving.prompts import IMAGE_TOKEN
 from train.demo.tokenizer import MAX_LENGTH, save_tokenizer
 
@@ -40,27 +42,53 @@ PUBLISHED_NAMES = (
 )
 
 
-def vision_config() -> CLIPVisionConfig:
-    """A CLIP tower of 4 layers; LLaVA takes the third one's output (`vision_feature_layer=-2`)."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a small LLaVA; the defaults are the demo's.
+
+    LLaVA takes the output of the tower's last layer but one (`vision_feature_layer=-2`). Heads of
+    the language model have 32 dimensions, the least that vLLM's CPU attention takes.
+    """
+
+    image_size: int = IMAGE_SIZE
+    patch_size: int = PATCH_SIZE
+    tower_width: int = 128
+    tower_layers: int = 4
+    tower_heads: int = 4
+    text_width: int = 128
+    text_mlp_width: int = 352
+    text_layers: int = 3
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+DEMO_SHAPE = Shape()
+
+
+def vision_config(shape: Shape = DEMO_SHAPE) -> CLIPVisionConfig:
+    """A CLIP tower."""
     return CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
+        hidden_size=shape.tower_width,
+        intermediate_size=4 * shape.tower_width,
+        num_hidden_layers=shape.tower_layers,
+        num_attention_heads=shape.tower_heads,
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
         projection_dim=64,
     )
 
 
-def llava_config(tokenizer: LlamaTokenizer) -> LlavaConfig:
+def llava_config(tokenizer: LlamaTokenizer, shape: Shape = DEMO_SHAPE) -> LlavaConfig:
     """The whole model; the vocabulary is padded to a multiple of 64, as the published one is."""
     text = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=4,  # heads of 32: the least that vLLM's CPU attention takes
-        num_key_value_heads=4,
+        hidden_size=shape.text_width,
+        intermediate_size=shape.text_mlp_width,
+        num_hidden_layers=shape.text_layers,
+        num_attention_heads=shape.text_width // 32,
+        num_key_value_heads=shape.text_width // 32,
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,
@@ -70,28 +98,33 @@ def llava_config(tokenizer: LlamaTokenizer) -> LlavaConfig:
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=vision_config(),
+        vision_config=vision_config(shape),
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         pad_token_id=tokenizer.pad_token_id,
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=NUM_PATCHES,
+        image_seq_length=shape.num_patches,
         tie_word_embeddings=False,
     )
 
 
-def new_model(tokenizer: LlamaTokenizer, seed: int) -> LlavaForConditionalGeneration:
+def new_model(
+    tokenizer: LlamaTokenizer, seed: int, shape: Shape = DEMO_SHAPE
+) -> LlavaForConditionalGeneration:
     """The model with random weights."""
     torch.manual_seed(seed)
-    config = llava_config(tokenizer)
+    config = llava_config(tokenizer, shape)
     config._attn_implementation = "sdpa"
     return LlavaForConditionalGeneration(config)
 
 
 def save_checkpoint(
-    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, folder: Path
+    model: LlavaForConditionalGeneration,
+    tokenizer: LlamaTokenizer,
+    folder: Path,
+    image_mode: ImageMode = "crop",
 ) -> None:
     """Writes weights, configuration, tokenizer and processor as llava-1.5-7b-hf has them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +142,8 @@ def save_checkpoint(
     _write_json(folder / "config.json", config)
     save_tokenizer(tokenizer, folder)
     _write_json(folder / "generation_config.json", _generation(tokenizer))
-    _write_json(folder / "preprocessor_config.json", _preprocessor())
-    _write_json(folder / "processor_config.json", _processor())
+    save_preprocessor(folder, model.config.vision_config.image_size, image_mode)
+    _write_json(folder / "processor_config.json", _processor(model.config))
 
 
 def published_name(name: str) -> str:
@@ -129,29 +162,39 @@ def _generation(tokenizer: LlamaTokenizer) -> dict[str, Any]:
     }
 
 
-def _preprocessor() -> dict[str, Any]:
+def save_preprocessor(folder: Path, image_size: int, image_mode: ImageMode) -> None:
+    """Writes how images become pixels: cut to a square, or padded to one as LLaVA-1.5's code does.
+
+    It is all that `AutoImageProcessor.from_pretrained` needs.
+    """
+    _write_json(folder / "preprocessor_config.json", _preprocessor(image_size, image_mode))
+
+
+def _preprocessor(image_size: int, image_mode: ImageMode) -> dict[str, Any]:
+    pads = image_mode == "pad"
     return {
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "crop_size": {"height": image_size, "width": image_size},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
         "image_mean": list(CLIP_MEAN),
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
         "image_std": list(CLIP_STD),
         "processor_class": "LlavaProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": IMAGE_SIZE},
+        "size": {"shortest_edge": image_size},
+        **({"do_pad": True} if pads else {}),
     }
 
 
-def _processor() -> dict[str, Any]:
+def _processor(config: LlavaConfig) -> dict[str, Any]:
     return {
         "image_token": IMAGE_TOKEN,
         "num_additional_image_tokens": 1,
-        "patch_size": PATCH_SIZE,
+        "patch_size": config.vision_config.patch_size,
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": "default",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,12 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(seed: int) -> LlamaTokenizer:
-    """A tokenizer for the demo's texts, prompts and answers.
+    """A tokenizer for the demo's texts, prompts and answers."""
+    return learn_tokenizer(_corpus(seed), MAX_VOCAB_SIZE)
+
+
+def learn_tokenizer(corpus: Iterable[str], max_vocab_size: int) -> LlamaTokenizer:
+    """A tokenizer for the given texts.
 
     Merges are learned within words, so that ` positive` after `ASSISTANT:` stays one piece
     whatever stands before it, as it does in Llama's.
@@ -56,13 +61,13 @@ def train_tokenizer(seed: int) -> LlamaTokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE - 2,
+        vocab_size=max_vocab_size - 2,
         special_tokens=[*SPECIALS, *BYTES],
         initial_alphabet=[*sorted(set(string.printable) - set(string.whitespace)), "▁"],
         show_progress=False,
         min_frequency=2,
     )
-    learned.train_from_iterator(_corpus(seed), trainer)
+    learned.train_from_iterator(corpus, trainer)
     return _as_llama(json.loads(learned.to_str())["model"])
 
 
