@@ -81,16 +81,18 @@ def perfect_label(
 
 def tfidf(
     structure: LabelStructure, train: Sequence[Post], posts: Sequence[Post], *, seed: int = 0
-) -> tuple[list[Prediction], str]:
+) -> tuple[list[Prediction], str] | None:
     """Words and word pairs of the text with logistic regression, a classifier a field.
 
     C and class weight are chosen by cross-validation (weighted F1) on the last field of the
     training posts, which is the one that counts, and serve the other fields too.
 
     Returns:
-        One a post, and a line that says what was chosen.
+        One a post, and a line that says what was chosen; None where training texts have no words.
     """
     last = list(structure.fields)[-1]
+    if not _has_words(train, last):
+        return None
     settings, chosen = _choose(train, last, seed)
     texts = [post.text for post in posts]
     by_field: dict[str, tuple[list[str], np.ndarray]] = {}
@@ -98,7 +100,7 @@ def tfidf(
         if known := _known(train, name):
             model = _pipeline().set_params(**settings)
             kept = [post for post in train if post.id in known]
-            if len(set(known.values())) > 1 and any(post.text.strip() for post in kept):
+            if len(set(known.values())) > 1 and _has_words(train, name):
                 model.fit([post.text for post in kept], [post.labels[name] for post in kept])
                 by_field[name] = (list(model.classes_), model.predict_proba(texts))
     predictions = []
@@ -110,6 +112,12 @@ def tfidf(
         labels = {name: max(share, key=share.__getitem__) for name, share in shares.items()}
         predictions.append(_prediction(post, labels, shares))
     return predictions, chosen
+
+
+def _has_words(train: Sequence[Post], field: str) -> bool:
+    """Whether any post with a label of the field has a word that counts."""
+    words = _pipeline()["words"].build_analyzer()
+    return any(field in post.labels and words(post.text) for post in train)
 
 
 def _choose(train: Sequence[Post], field: str, seed: int) -> tuple[dict[str, Any], str]:

@@ -256,8 +256,12 @@ def _fitted(
         answers = perfect_label(structure, train, posts, known=known)
         if answers is not None:
             found[f"perfect {known} label"] = answers
-    found["tf-idf"], chosen = tfidf(structure, train, posts, seed=plan.seed)
-    notes.append(f"TF-IDF with logistic regression: {chosen}")
+    fitted = tfidf(structure, train, posts, seed=plan.seed)
+    if fitted is None:
+        notes.append("The training texts have no words: no TF-IDF baseline")
+    else:
+        found["tf-idf"] = fitted[0]
+        notes.append(f"TF-IDF with logistic regression: {fitted[1]}")
     return found
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from serving.structures import STRUCTURES, LabelStructure, find_structure, load_
 
 if TYPE_CHECKING:
     from train.evaluated import EvaluatedModel
+    from train.evaluation import Chosen, Plan
     from train.served import ServedModel
 
 DESCRIPTION = """\
@@ -133,55 +135,52 @@ def run(given: Namespace) -> int:
     flags = Flags.model_validate({k: v for k, v in vars(given).items() if k != "run"})
     import torch
 
-    from train.evaluation import Plan, choose_posts, evaluate
+    from train.evaluation import evaluate
     from train.report.figures import summarize
     from train.report.folder import check_out, write_evaluation
     from train.report.markdown import render_terminal
 
     torch.set_num_threads(flags.threads)
-    plan = Plan(
-        ratios=flags.ratios,
-        selectors=flags.selectors,
-        seed=flags.seed,
-        num_resamples=flags.resamples,
-        has_baselines=not flags.no_baselines,
-    )
+    plan = _plan(flags)
     structures = {**STRUCTURES, **(load_structures(flags.structures) if flags.structures else {})}
-    served = _open_server(flags, structures) if flags.server else None
-    structure, facts = _describe_served(served) if served else _describe_local(flags, structures)
-    chosen = choose_posts(
-        structure,
-        _read(flags, flags.data, flags.split, structure, flags.limit),
-        skip_unlabelled=flags.skip_unlabelled,
-        skip_broken=flags.skip_broken,
-    )
-    train = _read_train(flags, structure)
-    configuration = {
-        **facts,
-        "structure": structure.name,
-        "prompt": structure.prompt,
-        "data": flags.data.name,
-        "split": _split_name(flags.split),
-        "posts": _digest(chosen.posts),
-        "train_data": (flags.train_data or flags.data).name,
-        "train_split": _split_name(flags.train_split),
-        "train_posts": _digest(train),
-        "ratios": list(plan.ratios),
-        "selectors": list(plan.selectors),
-        "baselines": plan.has_baselines,
-        "resamples": plan.num_resamples,
-        "seed": plan.seed,
-    }
-    if flags.out is not None:
-        check_out(flags.out, configuration)
-    model = served or _load(flags, structure)
-    evaluation = evaluate(model, chosen, train=train, plan=plan)
+    with ExitStack() as stack:
+        served = None
+        if flags.server is not None:
+            served = stack.enter_context(closing(_open_server(flags, structures)))
+        structure, facts = (
+            (served.structure, {"server": served.server, "model": served.name})
+            if served
+            else _describe_local(flags, structures)
+        )
+        chosen, train = _choose(flags, structure), _read_train(flags, structure)
+        configuration = {
+            **facts,
+            **_describe_posts(flags, chosen.posts, train),
+            **_describe_plan(structure, plan),
+        }
+        # All that can be wrong is known before a model is loaded.
+        if flags.out is not None:
+            check_out(flags.out, configuration)
+        model = served or _load(flags, structure)
+        evaluation = evaluate(model, chosen, train=train, plan=plan)
     report = {"configuration": configuration, **summarize(evaluation)}
     print(render_terminal(report))
     if flags.out is not None:
         write_evaluation(flags.out, evaluation, report)
         print(f"\nwritten: {flags.out}/evaluation.md", file=sys.stderr)
     return 0
+
+
+def _plan(flags: Flags) -> Plan:
+    from train.evaluation import Plan
+
+    return Plan(
+        ratios=flags.ratios,
+        selectors=flags.selectors,
+        seed=flags.seed,
+        num_resamples=flags.resamples,
+        has_baselines=not flags.no_baselines,
+    )
 
 
 def _open_server(flags: Flags, structures: Mapping[str, LabelStructure]) -> ServedModel:
@@ -194,10 +193,6 @@ def _open_server(flags: Flags, structures: Mapping[str, LabelStructure]) -> Serv
         find_structure(structures, flags.structure) if flags.structure else None,
         concurrency=flags.concurrency,
     )
-
-
-def _describe_served(served: ServedModel) -> tuple[LabelStructure, dict[str, Any]]:
-    return served.structure, {"server": served.server, "model": served.name}
 
 
 def _describe_local(
@@ -260,6 +255,40 @@ def _read(
         structure=structure,
     )
     return list(islice(source, limit))
+
+
+def _choose(flags: Flags, structure: LabelStructure) -> Chosen:
+    from train.evaluation import choose_posts
+
+    return choose_posts(
+        structure,
+        _read(flags, flags.data, flags.split, structure, flags.limit),
+        skip_unlabelled=flags.skip_unlabelled,
+        skip_broken=flags.skip_broken,
+    )
+
+
+def _describe_posts(flags: Flags, posts: Sequence[Post], train: Sequence[Post]) -> dict[str, Any]:
+    return {
+        "data": flags.data.name,
+        "split": _split_name(flags.split),
+        "posts": _digest(posts),
+        "train_data": (flags.train_data or flags.data).name,
+        "train_split": _split_name(flags.train_split),
+        "train_posts": _digest(train),
+    }
+
+
+def _describe_plan(structure: LabelStructure, plan: Plan) -> dict[str, Any]:
+    return {
+        "structure": structure.name,
+        "prompt": structure.prompt,
+        "ratios": list(plan.ratios),
+        "selectors": list(plan.selectors),
+        "baselines": plan.has_baselines,
+        "resamples": plan.num_resamples,
+        "seed": plan.seed,
+    }
 
 
 def _split_name(split: str) -> str:

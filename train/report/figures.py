@@ -163,7 +163,7 @@ def _conclude_shuffled(shuffled: Figures | None) -> list[str]:
         ]
     return [
         "No conclusion on retention can be drawn from this data set and model: with the images of "
-        f"other posts macro-F1 does not drop (own minus shuffled {said})"
+        f"other posts macro-F1 does not reliably drop (own minus shuffled {said})"
     ]
 
 

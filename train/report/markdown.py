@@ -29,7 +29,7 @@ def render_markdown(report: Figures, plots: Sequence[str] = ()) -> str:
         f"## {last} by selector and retention ratio\n\n{retention_table(report)}\n\n{_LEGEND}",
         f"## Beside the model\n\n{baseline_table(report)}",
         "## Fields and classes, all visual tokens\n\n" + class_table(report),
-        f"## Confusion of {last}, all visual tokens\n\n{confusion_table(report)}",
+        "## Confusion, all visual tokens\n\n" + confusion_tables(report),
     ]
     if report["notes"]:
         sections.append("## Notes\n\n" + _list(report["notes"]))
@@ -126,14 +126,14 @@ def class_table(report: Figures) -> str:
     return markdown_table(["field: label", "precision", "recall", "F1", "posts"], rows)
 
 
-def confusion_table(report: Figures) -> str:
-    """The last field at ratio 1.0, a row a true label."""
-    figures = _whole(report)["fields"][report["field"]]
-    rows = [
-        [label, *counts]
-        for label, counts in zip(figures["labels"], figures["confusion"], strict=True)
-    ]
-    return markdown_table(["true \\ answered", *figures["labels"]], rows)
+def confusion_tables(report: Figures) -> str:
+    """Every field at ratio 1.0, a row a true label; the last field first."""
+    tables = []
+    for field, figures in reversed(_whole(report)["fields"].items()):
+        counted = zip(figures["labels"], figures["confusion"], strict=True)
+        headers = [f"{field}: true \\ answered", *figures["labels"]]
+        tables.append(markdown_table(headers, [[label, *counts] for label, counts in counted]))
+    return "\n\n".join(tables)
 
 
 def _whole(report: Figures) -> Figures:
