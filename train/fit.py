@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from patches.selection import SELECTORS
@@ -159,12 +161,13 @@ def run_trainer(trainer: AnswerTrainer, recipe: Recipe, out: Path) -> int:
         evaluated = [entry["step"] for entry in history if "eval_macro_f1" in entry]
         if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
             trainer._determine_best_metric(trainer.evaluate(), None)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not is_full(error):
             raise
         raise ConfigError(
-            f"--out {out}: the disk is full; free some and run the same command again, it goes on "
-            "from the last checkpoint",
+            f"--out {out}: a checkpoint cannot be written, the disk is full or a limit reached "
+            f"({str(error)[:120]}); free some and run the same command again, it goes on from the "
+            "last checkpoint",
             param="out",
         ) from error
     if recipe.keep == "best" and trainer.eval_dataset is not None:
@@ -173,8 +176,11 @@ def run_trainer(trainer: AnswerTrainer, recipe: Recipe, out: Path) -> int:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the disk was full: torch and safetensors wrap the system's error in their own."""
-    return "No space left" in str(error) or "os error 28" in str(error)
+    """Whether a file could not grow: torch and safetensors wrap the system's error in their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return True
+    signs = ("No space left", "os error 28", "os error 27", "PytorchStreamWriter failed writing")
+    return any(sign in str(error) for sign in signs)
 
 
 def _finish(

@@ -24,6 +24,7 @@ from train.fit import (
     check_selector,
     describe_run,
     make_trainer,
+    one_process_first,
     open_run,
     prepare_images,
     run_trainer,
@@ -64,7 +65,8 @@ def fold(
     if out.exists():
         raise ConfigError(f"--out {out} is there already; name another folder", param="out")
     run = out.with_name(f"{out.name}.run")
-    open_run(run, describe_run(recipe, structure, material, base), fresh=fresh)
+    with one_process_first():
+        open_run(run, describe_run(recipe, structure, material, base), fresh=fresh)
     set_seed(recipe.seed)
     model = load_llava(base, dtype=DTYPES[recipe.dtype])
     train_projector_only(model)

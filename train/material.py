@@ -36,7 +36,7 @@ def read_material(
     admission = Admission(found, skip_unlabelled=skip_unlabelled, skip_broken=skip_broken)
     renamed = parse_fields(fields)
     posts = [
-        admission.admit(islice(read_posts(data, split=split, fields=renamed), limit))
+        admission.admit(islice(read_posts(data, split=split, fields=renamed, structure=found), limit))
         if split is not None or part == "train"
         else []
         for part, split in (("train", train), ("dev", dev))

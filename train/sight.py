@@ -106,10 +106,18 @@ class Sight:
             self._read_index()
             todo = [(key, raw) for key, raw in missing.items() if key not in self._rows]
             bar = tqdm(total=len(todo), desc="images", unit="image", disable=None)
-            for start in range(0, len(todo), BATCH_SIZE):
-                self._add(dict(todo[start : start + BATCH_SIZE]))
-                bar.update(len(todo[start : start + BATCH_SIZE]))
-            bar.close()
+            try:
+                for start in range(0, len(todo), BATCH_SIZE):
+                    self._add(dict(todo[start : start + BATCH_SIZE]))
+                    bar.update(len(todo[start : start + BATCH_SIZE]))
+            except OSError as error:
+                raise ConfigError(
+                    f"--cache: what the tower saw cannot be written ({error.strerror}); free some "
+                    "room or name another folder",
+                    param="cache",
+                ) from error
+            finally:
+                bar.close()
 
     def of(self, post: Post) -> list[Seen]:
         """The images of a post that `see` was given, in order."""

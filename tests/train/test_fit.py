@@ -240,3 +240,43 @@ def test_an_image_that_does_not_open_names_its_post_or_is_counted(data, cache, t
     summary = train(broken, cache, tmp_path / "other", "num_epochs=0.5", flags=("--skip-broken",))
     assert summary["data"]["left_out"] == {"broken image": 1}
     assert summary["data"]["train"]["posts"] == 95
+
+
+LIMITED = """
+import resource, sys
+from train.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("is_seen", [True, False], ids=["features cached", "features not cached"])
+def test_a_full_disk_ends_a_run_cleanly_and_it_goes_on_later(data, cache, whole, tmp_path, is_seen):
+    out = tmp_path / "run"
+    cache = cache if is_seen else tmp_path / "cache"
+    given = arguments(data, cache, out, "num_epochs=1", "save_every=2")
+    command = [sys.executable, "-c", LIMITED, *given]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "adapter").exists()
+    assert not (out / "run.json").exists()
+    assert main(given) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.long
+def test_two_processes_take_the_same_steps_as_one(data, cache, tmp_path):
+    settings = ("num_epochs=2", "micro_batch_size=4", "dropout=0.0")
+    train(data, cache, tmp_path / "one", *settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--module", "train", *arguments(data, cache, tmp_path / "two", *settings)]
+    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    def losses(run):
+        return [entry["loss"] for entry in log_of(run) if "loss" in entry]
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.02)
