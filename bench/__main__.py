@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from bench import server, shape, tower
+from bench import server, shape, tower, training
 from bench.environment import describe
 from bench.outcome import BenchError
 
-COMMANDS = {"tower": tower, "shape": shape, "server": server}
+COMMANDS = {"tower": tower, "shape": shape, "server": server, "training": training}
 _EPILOG = """\
 Every command compares its variants in one run: they alternate within each round, in an order
 drawn anew from --seed, every request has an image never seen before, warm-up is not counted, and
@@ -23,6 +23,7 @@ examples:
   python -m bench tower                       the vision tower beside vLLM's own, scoring's share
   python -m bench shape --layers 2            seconds, to see that it works; without --layers: 7B
   python -m bench server --json server.json   our HTTP server beside vLLM's
+  python -m bench training --rounds 5         our trainer beside a plain Hugging Face script
   python -m bench shape --help                what a command measures, and its options
 """
 
