@@ -19,14 +19,14 @@ from transformers import set_seed
 
 from patches.selection import SELECTORS
 from serving.errors import ConfigError
-from serving.manifest import fingerprint
+from serving.manifest import fingerprint, read_image_mode
 from serving.posts import Post
 from serving.structures import LabelStructure
 from train.examples import Collator, Examples, check_labels
 from train.files import write_json
 from train.loop import AnswerTrainer, last_checkpoint, take_best
 from train.lora import add_lora, save_lora
-from train.model import DTYPES, Llava, image_mode_of, load_llava
+from train.model import DTYPES, Llava, load_llava
 from train.recipes import Recipe
 from train.sight import Sight
 from train.student import Student
@@ -234,7 +234,7 @@ def describe_run(
         "label_structure": structure.model_dump(mode="json"),
         "base": str(base),
         "base_fingerprint": fingerprint(base) if base.is_dir() else None,
-        "image_mode": image_mode_of(base),
+        "image_mode": read_image_mode(base),
         "seed": recipe.seed,
         "data": {
             **material.source,

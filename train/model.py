@@ -63,11 +63,6 @@ class Llava:
         return int((vision.image_size // vision.patch_size) ** 2)
 
     @property
-    def image_mode(self) -> str:
-        """`pad` to a square as LLaVA-1.5's own code, or `crop` as Hugging Face's processor."""
-        return _image_mode(self.processor)
-
-    @property
     def feature_layer(self) -> int:
         """Index of the tower layer whose output becomes the features; -2 is the last but one's."""
         layer = self.config.vision_feature_layer
@@ -97,17 +92,6 @@ class Llava:
                 raise ConfigError(str(error)) from error
 
         return compile_structure(structure, encode)
-
-
-def image_mode_of(checkpoint: Path) -> str:
-    """`crop` or `pad`, as the checkpoint's image processor does."""
-    from transformers import AutoImageProcessor
-
-    return _image_mode(AutoImageProcessor.from_pretrained(str(checkpoint)))
-
-
-def _image_mode(processor: Any) -> str:
-    return "pad" if getattr(processor, "do_pad", False) else "crop"
 
 
 def load_llava(
