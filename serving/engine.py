@@ -90,7 +90,10 @@ class VllmEngine:
             max_model_len=llm.model_config.max_model_len,
             vocab_size=config.text_config.vocab_size,
         )
-        return cls(llm, chat, models, info)
+        engine = cls(llm, chat, models, info)
+        # vLLM keeps a traceback with this frame: what it names would outlive `close`.
+        del llm, chat, models
+        return engine
 
     @property
     def info(self) -> EngineInfo:
@@ -169,7 +172,7 @@ class VllmEngine:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
         self._llm = self._chat = self._models = None
-        gc.collect()  # it is in reference cycles, and its destructor fails at interpreter exit
+        gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:

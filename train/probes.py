@@ -16,7 +16,7 @@ from train.predict import Prediction, predict
 from train.sight import Sight
 
 NUM_PICTURES = 3
-_CANDIDATES = 4 * NUM_PICTURES
+_CANDIDATES = 2 * NUM_PICTURES
 _CLEAR = 0.02
 """Least lead of the best label's log-probability over the next: float32 sums in another order must
 not turn an answer over, as the fields after it depend on it."""
