@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Examples(Dataset[Example]):
         structure: what is asked; every post needs a label in each of its fields.
         posts: read once.
         balance: weigh each field's labels by how rare they are.
+        prompts: phrasings of the structure's prompt that take turns, post by post; none stands
+            for the structure's own.
 
     Raises:
         ConfigError: a post has no label in a field, or one that the structure does not allow; or
@@ -62,14 +65,21 @@ class Examples(Dataset[Example]):
     """
 
     def __init__(
-        self, model: Llava, structure: LabelStructure, posts: Iterable[Post], *, balance: bool
+        self,
+        model: Llava,
+        structure: LabelStructure,
+        posts: Iterable[Post],
+        *,
+        balance: bool,
+        prompts: Sequence[str] = (),
     ) -> None:
         constraint = model.constraint(structure)
         eos = int(model.tokenizer.eos_token_id)
         self._answers: list[list[int]] = []  # of each combination of labels
         self._labels: list[dict[str, str]] = []
         known: dict[tuple[str, ...], int] = {}
-        prompts: list[np.ndarray] = []
+        asked = cycle([rephrase(structure, prompt) for prompt in prompts] or [structure])
+        encoded: list[np.ndarray] = []
         kinds: list[int] = []
         self.ids: list[str] = []
         self._images: list[tuple[Path | bytes, ...]] = []
@@ -79,16 +89,16 @@ class Examples(Dataset[Example]):
             if kind == len(self._answers):
                 self._answers.append([*constraint.answer_ids(labels), eos])
                 self._labels.append(labels)
-            prompt = render_prompt(model.tokenizer, structure, post.text, len(post.images))
-            prompts.append(np.array(encode(model.tokenizer, prompt), dtype=np.int32))
+            prompt = render_prompt(model.tokenizer, next(asked), post.text, len(post.images))
+            encoded.append(np.array(encode(model.tokenizer, prompt), dtype=np.int32))
             kinds.append(kind)
             self.ids.append(post.id)
             self._images.append(post.images)
-        if not prompts:
+        if not encoded:
             raise ConfigError("no posts to train on; look at --data, --train-split", param="data")
         self.kinds = np.array(kinds)
-        self._prompts = np.concatenate(prompts)
-        self._ends = np.cumsum([len(prompt) for prompt in prompts])
+        self._prompts = np.concatenate(encoded)
+        self._ends = np.cumsum([len(prompt) for prompt in encoded])
         self._weights = [[1.0] * len(answer) for answer in self._answers]
         if balance:
             self._weigh_fields(model, structure)
@@ -147,6 +157,11 @@ class Examples(Dataset[Example]):
             weights=self._weights[kind],
             images=self._images[index],
         )
+
+
+def rephrase(structure: LabelStructure, prompt: str) -> LabelStructure:
+    """The structure that asks for the same in other words."""
+    return LabelStructure.model_validate({**structure.model_dump(), "prompt": prompt})
 
 
 def check_labels(structure: LabelStructure, post: Post) -> dict[str, str]:
