@@ -97,19 +97,27 @@ def p_value(comparison: Figures) -> str:
     return f"{comparison['mcnemar']['p_value']:.2g}"
 
 
+def direction(score: Figures) -> int:
+    """1 where a difference is reliably above zero, -1 below, else 0.
+
+    Reliable: the interval over posts leaves zero out, and all seeds have the same sign.
+    """
+    if score["low"] > 0 and min(score["by_seed"]) > 0:
+        return 1
+    return -1 if score["high"] < 0 and max(score["by_seed"]) < 0 else 0
+
+
 def conclude(one: str, other: str, comparison: Figures) -> str:
-    """A sentence on two models; the interval of macro-F1 decides."""
+    """A sentence on two models; the difference of macro-F1 decides."""
     score, test = comparison["difference"][SCORE], comparison["mcnemar"]
-    verdict = "does not differ reliably from"
-    if score["low"] > 0:
-        verdict = "is better than"
-    elif score["high"] < 0:
-        verdict = "is worse than"
+    verdict = {1: "is better than", -1: "is worse than", 0: "does not differ reliably from"}[
+        direction(score)
+    ]
     seeds = len(score["by_seed"])
     deviation = "" if score["std"] is None else f", deviation {score['std']:.3f} over {seeds} seeds"
     return (
         f"`{one}` {verdict} `{other}`: macro-F1 {macro(comparison)}{deviation}; McNemar p = "
-        f"{p_value(comparison)} ({test['only_first']} posts only `{one}` has right, "
+        f"{p_value(comparison)} ({test['only_first']} post(s) only `{one}` has right, "
         f"{test['only_second']} only `{other}`)"
     )
 

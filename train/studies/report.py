@@ -51,10 +51,10 @@ def write_report(
 
 def render(content: Mapping[str, Any], findings: Findings) -> str:
     """The report in Markdown."""
+    entry = STUDIES[content["study"]]
     sections = [
         f"# Study: {content['study']}",
-        f"{STUDIES[content['study']].summary.capitalize()} "
-        f"(Asked by: {STUDIES[content['study']].asked_by}.)",
+        f"{entry.summary[0].upper()}{entry.summary[1:]} (Asked by: {entry.asked_by}.)",
         "## What was run\n\n" + _what_was_run(content),
         "## What follows\n\n" + _bullets(content["conclusions"]),
         "## What does not follow\n\n" + _bullets(content["limits"]),
@@ -107,7 +107,7 @@ def _what_was_run(content: Mapping[str, Any]) -> str:
         f"{'padded to a square' if settings['image_mode'] == 'pad' else 'cropped'}.",
         f"Recipe: {recipe['name']}, structure {structure['name']}, rank {recipe['rank']}, alpha "
         f"{recipe['alpha']}, {recipe['targets']} weights, learning rate "
-        f"{recipe['learning_rate']:g}, {recipe['num_epochs']:g} epochs, batches of "
+        f"{recipe['learning_rate']:g}, {recipe['num_epochs']:g} epoch(s), batches of "
         f"{recipe['batch_size']}, {recipe['keep']} weights kept; all settings are in study.json.",
         f"Cells: {content['num_cells']}, {content['seconds']['training']:.0f} s of training, "
         f"{content['seconds']['evaluation']:.0f} s of evaluation.",
@@ -122,8 +122,11 @@ def _limits(setup: Setup, findings: Findings) -> list[str]:
         "recipe. The figure after ± is the standard deviation over seeds; an interval in brackets "
         "is a 95 % bootstrap over posts of the mean over seeds. Neither says anything about other "
         "data, bases or recipes.",
-        "McNemar's exact test takes each post once, with the label that most seeds answered (of "
-        "labels as frequent, the first seed's). Results by seed are in study.json.",
+        "A verdict (better, worse) is about macro-F1, fixed beforehand: the interval leaves zero "
+        "out and every seed has the same sign. No reliable difference is not equality.",
+        "McNemar's exact test is about accuracy, so the two may disagree. It takes each post once, "
+        "with the label that most seeds answered (of labels as frequent, the first seed's); adding "
+        "seeds up would count every post several times. Results by seed are in study.json.",
     ]
     if len(setup.seeds) < 3:
         said.append(f"Only {len(setup.seeds)} seeds: their deviation is worth little.")

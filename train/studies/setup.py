@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from patches.selection import SELECTORS
 from serving.errors import ConfigError
-from serving.manifest import fingerprint
+from serving.manifest import fingerprint, read_image_mode
 from serving.posts import Post
 from serving.structures import LabelStructure
 from train.evaluation import RATIOS
 from train.fit import Material, describe_posts
-from train.model import image_mode_of
 from train.recipes import Recipe
 
 
@@ -121,7 +120,7 @@ def describe_base(base: Path) -> dict[str, Any]:
     return {
         "base": base.name,
         "base_fingerprint": fingerprint(base) if base.is_dir() else None,
-        "image_mode": image_mode_of(base),
+        "image_mode": read_image_mode(base),
     }
 
 

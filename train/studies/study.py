@@ -128,12 +128,12 @@ class Study(ABC):
 
 def run_name(arm: str, seed: int) -> str:
     """Name of a training's cell and run folder."""
-    return f"train-{arm}-seed{seed}"
+    return f"train-{arm}-seed{seed}".replace(" ", "-").replace("%", "")
 
 
 def ask_name(arm: str, seed: int) -> str:
     """Name of the cell that evaluates it."""
-    return f"ask-{arm}-seed{seed}"
+    return f"ask-{arm}-seed{seed}".replace(" ", "-").replace("%", "")
 
 
 def compare_arms(
