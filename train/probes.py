@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from serving.errors import ConfigError
 from serving.posts import Post
@@ -34,11 +38,9 @@ def make_probes(structure: LabelStructure, base: Path, adapter: Path) -> Probes:
         ConfigError: checkpoint or adapter do not load, or no question has a clear answer.
     """
     asked = questions(_CANDIDATES)
-    plain = load_llava(base)
-    sight = Sight(plain)  # an adapter leaves the tower alone
-    of_base = answers(plain, structure, asked, sight)
-    del plain
-    of_adapter = answers(load_llava(base, adapter), structure, asked, sight)
+    with tempfile.TemporaryDirectory() as cache:  # an adapter leaves the tower alone
+        of_base = _answers_of(base, None, structure, asked, Path(cache))
+        of_adapter = _answers_of(base, adapter, structure, asked, Path(cache))
     clear = [
         Probe(**{**dict(probe), "answers": Answers(base=plain, adapter=tuned)})
         for probe, plain, tuned in zip(asked, of_base, of_adapter, strict=True)
@@ -54,6 +56,19 @@ def make_probes(structure: LabelStructure, base: Path, adapter: Path) -> Probes:
         )
     chosen = (*shown[: 2 * NUM_PICTURES], *alone[:1])
     return Probes(structure=structure.name, probes=chosen)
+
+
+def _answers_of(
+    base: Path, adapter: Path | None, structure: LabelStructure, asked: Sequence[Probe], cache: Path
+) -> list[Logprobs]:
+    """Loads a model, asks it and lets go of its memory, which the engine is going to need."""
+    model = load_llava(base, adapter)
+    found = answers(model, structure, asked, Sight(model, cache))
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
 
 
 def answers(
