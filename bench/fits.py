@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from serving.structures import STRUCTURES
 OURS, THEIRS = "sieve", "plain"
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURE = "llavac"
+_POLL_S = 0.02
 
 Recipe = Mapping[str, Any]
 
@@ -35,6 +38,7 @@ class Fit:
         whole: wall seconds of the process, imports and model loading included.
         loaded: seconds after the model was loaded: features, training, saving.
         loop: seconds of `Trainer.train` alone.
+        cpu: processor seconds of the process, which a busy machine hardly stretches.
         peak: most resident memory of the process, in bytes.
         losses: by step; the mean since the entry before.
     """
@@ -42,6 +46,7 @@ class Fit:
     whole: float
     loaded: float
     loop: float
+    cpu: float
     peak: int
     losses: Mapping[int, float]
 
@@ -116,15 +121,16 @@ def _fit_ours(recipe: Recipe, base: Path, posts: Path, out: Path, num_threads: i
     arguments = ["-m", "train", "fit", "llavac", "--base", str(base), "--data", str(posts)]
     arguments += ["--out", str(out), "--threads", str(num_threads)]
     arguments += ["--set", *(f"{name}={value}" for name, value in recipe.items())]
-    whole, peak = run_python(arguments, out.with_suffix(".log"), num_threads)
+    process = run_python(arguments, out.with_suffix(".log"), num_threads)
     seconds = json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds_by_stage"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     (loop,) = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
     return Fit(
-        whole=whole,
+        whole=process.seconds,
         loaded=sum(value for stage, value in seconds.items() if stage != "loading"),
         loop=loop,
-        peak=peak,
+        cpu=process.cpu,
+        peak=process.peak,
         losses={entry["step"]: entry["loss"] for entry in log if "loss" in entry},
     )
 
@@ -135,19 +141,43 @@ def _fit_theirs(recipe: Recipe, base: Path, posts: Path, out: Path, num_threads:
     file = out.with_suffix(".json")
     file.write_text(json.dumps(settings), encoding="utf-8")
     arguments = ["-m", "bench.plain_training", str(file)]
-    whole, peak = run_python(arguments, out.with_suffix(".log"), num_threads)
+    process = run_python(arguments, out.with_suffix(".log"), num_threads)
     found = json.loads((out / "plain.json").read_text(encoding="utf-8"))
     return Fit(
-        whole=whole,
+        whole=process.seconds,
         loaded=found["seconds_by_stage"]["training"] + found["seconds_by_stage"]["saving"],
         loop=found["loop"],
-        peak=peak,
+        cpu=process.cpu,
+        peak=process.peak,
         losses={int(step): loss for step, loss in found["losses"].items()},
     )
 
 
-def run_python(arguments: Sequence[str], log: Path, num_threads: int) -> tuple[float, int]:
-    """Runs Python on so many threads; returns wall seconds and peak resident bytes.
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a process took: wall and processor seconds, and its peak of resident bytes."""
+
+    seconds: float
+    cpu: float
+    peak: int
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that the training of the moment is stopped."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run_python(arguments: Sequence[str], log: Path, num_threads: int) -> Ended:
+    """Runs Python on so many threads.
 
     Raises:
         BenchError: it did not end with 0; quotes the end of its log.
@@ -165,6 +195,7 @@ def run_python(arguments: Sequence[str], log: Path, num_threads: int) -> tuple[f
             stderr=subprocess.STDOUT,
         )
     try:
+        peak = _watch(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         process.kill()
@@ -174,4 +205,22 @@ def run_python(arguments: Sequence[str], log: Path, num_threads: int) -> tuple[f
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BenchError(f"`{' '.join(arguments[:3])}` ended with {process.returncode}:\n{tail}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return Ended(
+        seconds=time.perf_counter() - started,
+        cpu=usage.ru_utime + usage.ru_stime,
+        peak=peak,
+    )
+
+
+def _watch(pid: int) -> int:
+    """Waits for a process's end; returns the peak of its resident bytes.
+
+    `ru_maxrss` would not do: it starts at the peak of the process that started this one, which
+    has had the model in its own memory.
+    """
+    peak = 0
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(_POLL_S)
+    return peak
