@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from serving.posts import Post
 from serving.structures import LabelStructure
-from train.model import load_llava
+from train.model import Llava, load_llava
 from train.predict import Prediction, predict, write_freely
 from train.sight import Sight
 
@@ -69,6 +70,8 @@ class LocalModel:
         self._structure = structure
         self._checkpoint, self._adapter, self._dtype = checkpoint, adapter, dtype
         self._model = load_llava(checkpoint, adapter, dtype=dtype)
+        if dtype == torch.float32:
+            _merge(self._model)
         # Adapters touch the language model only: base and adapted model see the same.
         self._sight = sight or Sight(self._model, cache)
 
@@ -102,3 +105,13 @@ class LocalModel:
         return LocalModel(
             self._structure, self._checkpoint, None, dtype=self._dtype, sight=self._sight
         )
+
+
+def _merge(model: Llava) -> None:
+    """Adds an adapter to the weights it adapts: a quarter less time, the same answers.
+
+    In float32 this moves probabilities by 1e-6; in lower precisions it would round the weights.
+    """
+    for module in model.llava.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()

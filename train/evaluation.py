@@ -217,10 +217,12 @@ def evaluate(
 
 
 def _check_apart(posts: Sequence[Post], train: Sequence[Post]) -> None:
-    both = {post.id for post in posts} & {post.id for post in train}
+    # Two sources may number their posts alike; the same post has the same text too.
+    learned = {(post.id, post.text) for post in train}
+    both = [post.id for post in posts if (post.id, post.text) in learned]
     if both:
         raise ConfigError(
-            f"{len(both)} posts, e.g. {min(both)!r}, are among the training posts too: figures "
+            f"{len(both)} posts, e.g. {both[0]!r}, are among the training posts too: figures "
             "would flatter; name other posts with --split, --train-split or --train-data",
             param="split",
         )

@@ -137,6 +137,19 @@ def test_posts_to_answer_are_never_training_posts():
         run(posts=posts, train=posts)
 
 
+def test_two_sources_may_number_their_posts_alike():
+    posts = [Post(id="1", text="a fine day", labels={"multimodal": "positive"})]
+    train = [Post(id="1", text="a bad day", labels={"multimodal": "negative"})]
+    assert summarize(run(posts=posts, train=train))["num_posts"] == 1
+
+
+def test_a_model_is_called_better_than_tf_idf_only_where_the_interval_says_so(report):
+    (said,) = [line for line in report["conclusions"] if "TF-IDF" in line]
+    assert said.count(" better,") == 3
+    (said,) = [line for line in summarize(run(by_text))["conclusions"] if "TF-IDF" in line]
+    assert "better" not in said
+
+
 ODD = Post(id="odd", text="x", labels={"multimodal": "angry"})
 NO_LABEL = Post(id="none", text="x", labels={"image": "positive"})
 BROKEN = Post(id="bad", text="x", images=(b"no image",), labels={"multimodal": "neutral"})

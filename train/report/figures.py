@@ -171,21 +171,22 @@ def _conclude_baselines(comparisons: dict[str, Figures]) -> list[str]:
     if "tf-idf" not in comparisons:
         return []
     against = comparisons["tf-idf"]
-    said = ", ".join(
-        f"{name.replace('_', ' ').replace('f1', 'F1')} {_signed(one['value'])} "
+    said = "; ".join(
+        f"{name.replace('_', ' ').replace('f1', 'F1')} {_verdict(one)}, {_signed(one['value'])} "
         f"[{_signed(one['low'])}, {_signed(one['high'])}]"
         for name, one in against["difference"].items()
     )
-    one = against["difference"][SCORE]
-    verdict = "does not differ reliably from"
-    if one["low"] > 0:
-        verdict = "beats"
-    elif one["high"] < 0:
-        verdict = "is worse than"
     return [
-        f"The model {verdict} TF-IDF with logistic regression on the same posts (by macro-F1): "
-        f"model minus TF-IDF {said}; McNemar p = {against['mcnemar']['p_value']:.3g}"
+        "The model against TF-IDF with logistic regression on the same posts: "
+        f"{said}; McNemar p = {against['mcnemar']['p_value']:.3g}"
     ]
+
+
+def _verdict(difference: Figures) -> str:
+    """Better or worse only where the whole interval says so."""
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "not reliably different"
 
 
 def _signed(value: float) -> str:
