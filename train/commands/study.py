@@ -49,12 +49,12 @@ class _List(argparse.Action):
 
 
 def describe_studies() -> str:
-    """Each study: what it answers, who asks, what it costs, its own flags."""
+    """Each study: what it answers, why, what it costs, its own flags."""
     parts = []
     for name, entry in STUDIES.items():
         own = " ".join("--" + option.replace("_", "-") for option in entry.options) or "none"
         parts.append(
-            f"  {name}\n      {entry.summary}\n      asked by: {entry.asked_by}\n"
+            f"  {name}\n      {entry.summary}\n      why: {entry.why}\n"
             f"      takes: {entry.cost}\n      own flags: {own}"
         )
     return "\n".join(parts)

@@ -126,7 +126,8 @@ class PromptsStudy(Study):
             figures["summary"][arm] = {name: _summarize(one) for name, one in groups.items()}
             for name, one in figures["summary"][arm].items():
                 columns = ("well_formed", "accuracy", SCORE, "flips")
-                summary.append([f"{arm}, {name}", *(said(one[column]) for column in columns)])
+                shown = [said(one[column]) if one[column] else None for column in columns]
+                summary.append([f"{arm}, {name}", *shown])
             floor += conclude_floor({arm: measured[0]["figures"]}, majority)
             lines.append(_conclude_arm(arm, figures["summary"][arm]))
         if SINGLE in self._arms:
@@ -163,7 +164,8 @@ class PromptsStudy(Study):
                     headers=_SUMMARY_HEADERS,
                     rows=[*summary, *beside],
                     legend="A row of an adapter is the mean over its phrasings, ± over seeds. "
-                    "Trained flips leave phrasing 1 out, which they are counted against.",
+                    "Trained flips leave phrasing 1 out, which they are counted against. Held out "
+                    f"are phrasings {NUM_TRAINED + 1} to {len(self._prompts)}, for every adapter.",
                 ),
                 Table(title="By phrasing", headers=_HEADERS, rows=rows, legend=_LEGEND),
                 Table(
@@ -263,16 +265,15 @@ def _summarize(measured: Sequence[Figures]) -> Figures:
     """Mean over phrasings, seed by seed."""
 
     def over_phrasings(spreads: Sequence[Figures]) -> Figures:
-        by_seed = np.mean([one["by_seed"] for one in spreads], axis=0) if spreads else [0.0]
-        return describe(list(by_seed))
+        return describe(list(np.mean([one["by_seed"] for one in spreads], axis=0)))
 
     found = {
         metric: over_phrasings([one["figures"][metric] for one in measured])
         for metric in ("accuracy", SCORE, "weighted_f1")
     }
     found["well_formed"] = over_phrasings([one["well_formed"] for one in measured])
-    found["flips"] = over_phrasings([one["flips"] for one in measured if one["flips"]])
-    return found
+    counted = [one["flips"] for one in measured if one["flips"]]
+    return {**found, "flips": over_phrasings(counted) if counted else None}
 
 
 def _row(arm: str, index: int, one: Figures) -> list[object]:

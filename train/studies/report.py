@@ -14,7 +14,7 @@ from train.report.tables import markdown_table
 from train.studies.catalog import STUDIES
 from train.studies.cells import Result
 from train.studies.findings import Findings, Plot, Table
-from train.studies.setup import Setup
+from train.studies.setup import IMAGE_MODES, Setup
 
 _SIZE = (6.4, 4.2)  # inches
 _STYLES = ("--", ":", "-.", (0, (1, 4)))
@@ -54,7 +54,7 @@ def render(content: Mapping[str, Any], findings: Findings) -> str:
     entry = STUDIES[content["study"]]
     sections = [
         f"# Study: {content['study']}",
-        f"{entry.summary[0].upper()}{entry.summary[1:]} (Asked by: {entry.asked_by}.)",
+        f"{entry.summary[0].upper()}{entry.summary[1:]} Why: {entry.why}.",
         "## What was run\n\n" + _what_was_run(content),
         "## What follows\n\n" + _bullets(content["conclusions"]),
         "## What does not follow\n\n" + _bullets(content["limits"]),
@@ -104,7 +104,7 @@ def _what_was_run(content: Mapping[str, Any]) -> str:
         f"Seeds: {', '.join(map(str, content['seeds']))}, of LoRA's weights, the order of the "
         "posts and dropout.",
         f"Base: {settings['base']} (fingerprint {settings['base_fingerprint']}), images are "
-        f"{'padded to a square' if settings['image_mode'] == 'pad' else 'cropped'}.",
+        f"{IMAGE_MODES[settings['image_mode']]}.",
         f"Recipe: {recipe['name']}, structure {structure['name']}, rank {recipe['rank']}, alpha "
         f"{recipe['alpha']}, {recipe['targets']} weights, learning rate "
         f"{recipe['learning_rate']:g}, {recipe['num_epochs']:g} epoch(s), batches of "

@@ -28,7 +28,7 @@ from train.studies.findings import (
     point,
     said,
 )
-from train.studies.setup import Setup, describe_base
+from train.studies.setup import IMAGE_MODES, Setup, describe_base
 from train.studies.spread import Figures, compare, summarize_seeds
 from train.studies.study import Results, Study, run_name
 
@@ -105,7 +105,7 @@ class RetentionStudy(Study):
         num_comparisons = len(self._bases) * (
             2 * len(self._pairs) - len([s for s, _ in self._pairs if s == "random"])
         )
-        if len(self._bases) == 2:
+        if {"pad", "crop"} <= self._bases.keys():
             figures["pad_minus_crop"] = self._pad_minus_crop(results)
             tables.append(_pad_table(figures["pad_minus_crop"]))
             lines.append(conclude("pad", "crop", figures["pad_minus_crop"][0]) + ", all tokens")
@@ -213,7 +213,7 @@ class RetentionStudy(Study):
         headers += ["to all tokens", "p", "to random", "p (random)"]
         legend = "Differences are of macro-F1 on the same posts, p is McNemar's."
         return Table(
-            title=f"{self.setup.field} by selector and ratio, images {_said_mode(mode)}",
+            title=f"{self.setup.field} by selector and ratio, images {IMAGE_MODES[mode]}",
             headers=headers,
             rows=rows,
             legend=legend,
@@ -241,7 +241,7 @@ class RetentionStudy(Study):
         levels["zero-shot base"] = measured["zero_shot_base"][SCORE]["mean"]
         return Plot(
             name=f"retention-{mode}",
-            across=f"retention ratio, images {_said_mode(mode)}",
+            across=f"retention ratio, images {IMAGE_MODES[mode]}",
             up=f"macro-F1 of {self.setup.field}",
             lines=lines,
             levels=levels,
@@ -266,7 +266,7 @@ class RetentionStudy(Study):
     def _base_limits(self) -> list[str]:
         if len(self._bases) < 2:
             mode = next(iter(self._bases))
-            return [f"Images are {_said_mode(mode)}; the other mode was not run (--also-base)."]
+            return [f"Images are {IMAGE_MODES[mode]}; the other mode was not run (--also-base)."]
         known = {describe_base(base)["base_fingerprint"] for base in self._bases.values()}
         if len(known) == 1 and None not in known:
             return ["Both bases have the same weights and differ in their image processing."]
@@ -300,10 +300,6 @@ def _pad_table(compared: Sequence[Figures]) -> Table:
 
 def _scores(spread: Figures) -> list[object]:
     return [said(spread["accuracy"]), said(spread[SCORE])]
-
-
-def _said_mode(mode: str) -> str:
-    return "padded to a square" if mode == "pad" else "cropped"
 
 
 def _kept(selector: str, ratio: float) -> str:

@@ -116,12 +116,28 @@ class Setup:
 
 
 def describe_base(base: Path) -> dict[str, Any]:
-    """A checkpoint's name, fingerprint and image mode."""
+    """A checkpoint's name, fingerprint and image mode.
+
+    Raises:
+        ConfigError: it is no checkpoint with weights and an image processor.
+    """
+    mode = read_image_mode(base)
+    try:
+        known = fingerprint(base) if base.is_dir() else None
+    except FileNotFoundError as error:
+        raise ConfigError(f"--base {base}: {error}", param="base") from error
     return {
-        "base": base.name,
-        "base_fingerprint": fingerprint(base) if base.is_dir() else None,
-        "image_mode": read_image_mode(base),
+        "base": base.name if base.is_dir() else str(base),
+        "base_fingerprint": known,
+        "image_mode": mode or "stretch",
     }
+
+
+IMAGE_MODES = {
+    "crop": "cropped",
+    "pad": "padded to a square",
+    "stretch": "stretched to a square",
+}
 
 
 def digest_posts(posts: Iterable[Post]) -> str:
