@@ -133,7 +133,7 @@ class ServedModel:
             }
             if post.images:
                 body["image"] = _data_urls(post)
-            return _read_prediction(post, self._post("/v1/label", body, post))
+            return _read_prediction(post, self._structure, self._post("/v1/label", body, post))
 
         return self._each(posts, one, title)
 
@@ -233,7 +233,7 @@ class ServedModel:
         )
 
 
-def _read_prediction(post: Post, body: dict[str, Any]) -> Prediction:
+def _read_prediction(post: Post, structure: LabelStructure, body: dict[str, Any]) -> Prediction:
     try:
         answer = LabelResponse.model_validate(body)
     except ValidationError as error:
@@ -242,6 +242,13 @@ def _read_prediction(post: Post, body: dict[str, Any]) -> Prediction:
             f"{error.errors(include_url=False)[0]['msg']}",
             param="server",
         ) from error
+    there = {name: set(shares) for name, shares in answer.probabilities.items()}
+    if there != {name: set(labels) for name, labels in structure.fields.items()}:
+        raise ConfigError(
+            f"the server's label structure {structure.name!r} has other fields or labels than the "
+            f"one here: {there} there, {dict(structure.fields)} here; rename one of them",
+            param="structure",
+        )
     return Prediction(
         id=post.id,
         labels=answer.labels,

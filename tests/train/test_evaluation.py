@@ -260,6 +260,12 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
         check_out(tmp_path, {})
 
 
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out .* cannot be written"):
+        check_out(tmp_path / "file" / "out", {})
+
+
 def test_the_tables_read_well(report):
     text = render_markdown(report)
     assert "| cls      |   0.4 |" in text

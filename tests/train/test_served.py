@@ -12,7 +12,7 @@ from patches.selection import SELECTORS
 from serving.errors import ConfigError
 from serving.posts import Post
 from serving.settings import DEMO
-from serving.structures import SENTIMENTS, STRUCTURES
+from serving.structures import SENTIMENTS, STRUCTURES, make_structure
 from train.demo.dataset import demo_posts
 from train.evaluated import LocalModel
 from train.evaluation import Plan, choose_posts, evaluate
@@ -174,6 +174,12 @@ def test_an_answer_of_something_else_is_refused():
     stub = Stub(httpx.Response(200, json={"hello": "world"}))
     with pytest.raises(ConfigError, match="'p1'.*none of LLaVA Sieve"):
         label(stub.model())
+
+
+def test_a_structure_of_the_same_name_with_other_labels_is_refused():
+    own = make_structure("llavac", {"fields": {"mood": ["good", "bad"]}, "prompt": "{text}"})
+    with pytest.raises(ConfigError, match="'llavac' has other fields.*'mood'"):
+        label(Stub().model(structure=own))
 
 
 def test_structure_and_base_come_from_the_servers_own_card():

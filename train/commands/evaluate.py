@@ -115,8 +115,9 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--structure", help="label structure (default: what adapter or server say it is for)")
     add("--structures", type=Path, help="YAML file with label structures of your own")
     add("--fields", help="your own field names: text=tweet,image=photo,labels.sentiment=y")
-    add("--ratios", default="1,0.8,0.6,0.4,0.2,0.05", help="shares of visual tokens kept")
-    add("--selectors", default="cls,cls-last,stride,random", help="which are kept")
+    ratios = "shares of visual tokens kept, in (0, 1]; 1 is always asked (default: %(default)s)"
+    add("--ratios", default="1,0.8,0.6,0.4,0.2,0.05", help=ratios)
+    add("--selectors", default=ALL, help="how the kept ones are chosen: cls,random (default: all)")
     add("--limit", type=int, help="answer the first N posts only")
     add("--skip-unlabelled", action="store_true", help="leave posts without label out, counted")
     add("--skip-broken", action="store_true", help="leave posts with broken images out, counted")
@@ -172,11 +173,12 @@ def run(given: Namespace) -> int:
 
 
 def _plan(flags: Flags) -> Plan:
+    from patches.selection import SELECTORS
     from train.evaluation import Plan
 
     return Plan(
         ratios=flags.ratios,
-        selectors=flags.selectors,
+        selectors=tuple(SELECTORS) if flags.selectors == (ALL,) else flags.selectors,
         seed=flags.seed,
         num_resamples=flags.resamples,
         has_baselines=not flags.no_baselines,

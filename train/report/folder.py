@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,9 @@ def check_out(out: Path, configuration: Mapping[str, Any]) -> None:
     """Whether `out` may be written: it is new, empty, or holds this very evaluation.
 
     Raises:
-        ConfigError: it holds something else; names what differs.
+        ConfigError: it holds something else (names what differs), or cannot be written.
     """
+    _check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     report = out / REPORT_NAME
@@ -51,6 +53,18 @@ def check_out(out: Path, configuration: Mapping[str, Any]) -> None:
             f"({'; '.join(differing)}); name another folder",
             param="out",
         )
+
+
+def _check_writable(out: Path) -> None:
+    """Better now than after hours of evaluation."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written: {error.strerror}", param="out"
+        ) from error
 
 
 def write_evaluation(out: Path, evaluation: Evaluation, report: Mapping[str, Any]) -> None:
