@@ -111,7 +111,7 @@ def _table(differences: Sequence[Difference], most: int = 20) -> Iterator[str]:
     rows = [("probe", "model", "field", "label", "expected", "found")]
     for item in differences[:most]:
         numbers = (item.expected, item.found)
-        shown = ["none" if number is None else f"{number:.5f}" for number in numbers]
+        shown = ["none" if number is None else f"{number:.6g}" for number in numbers]
         rows.append((item.probe, item.model, item.field, item.label, shown[0], shown[1]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -221,7 +221,7 @@ def make_manifest(
         values["notes"].append(f"Evaluated through a server, as its model {served!r}.")
     if (evaluated.shuffled_images or {}).get("lowers_the_score") is False:
         values["notes"].append(
-            "No recommended retention ratio: other posts' images did not lower the score."
+            "No recommended retention ratio: other posts' images did not reliably lower the score."
         )
     else:
         values["retention_ratio"] = ratio

@@ -127,7 +127,7 @@ def test_export_ends_well_only_where_vllm_agrees(tmp_path, monkeypatch):
         return probes
 
     monkeypatch.setattr(train.export, "make_probes", then_tampered)
-    with pytest.raises(ConfigError, match=r"not exported:[\s\S]*mine: FAILED[\s\S]*expected"):
+    with pytest.raises(ConfigError, match=r"not exported:[\s\S]*other: FAILED[\s\S]*expected"):
         export(ExportOptions(run=run, out=out.with_name("other")))
     assert [path.name for path in out.parent.iterdir()] == ["mine"]
 
