@@ -132,7 +132,7 @@ def setup_of(given: Namespace) -> Setup:
     )
     return Setup(
         study=given.study,
-        base=given.base,
+        base=_absolute(given.base),
         out=given.out,
         cache=given.cache or given.out / "cache",
         dtype=given.dtype,
@@ -160,6 +160,11 @@ def recipe_of(given: Namespace) -> Recipe:
     return make_recipe(given.recipe, file=given.config, settings=given.set)
 
 
+def _absolute(base: Path) -> Path:
+    """A folder's whole path, so that a study goes on from any working directory; a hub id as is."""
+    return base.resolve() if base.is_dir() else base
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     try:
         seeds = tuple(int(part) for part in text.split(","))
@@ -176,6 +181,8 @@ def _options(given: Namespace) -> Options:
     allowed = STUDIES[given.study].options
     own = {name for entry in STUDIES.values() for name in entry.options}
     found = {name: getattr(given, name) for name in own if getattr(given, name) is not None}
+    if given.also_base:
+        found["also_base"] = _absolute(given.also_base)
     for name in found:
         if name not in allowed:
             flag = "--" + name.replace("_", "-")
