@@ -1,13 +1,18 @@
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 
-from serving.posts import Post
+from serving.posts import Post, read_posts
 from serving.structures import STRUCTURES
 from tests.train.evaluated import labeled_posts
 from train.baselines import majority, perfect_label, tfidf
+from train.metrics import mark, measure
 
 STRUCTURE = STRUCTURES["llavac"]
+ROOT = Path(__file__).resolve().parents[2]
+MVSA = Path(os.environ.get("SIEVE_MVSA", ROOT / "../shared/mvsa/MVSA_Single"))
 
 
 def last(predictions):
@@ -82,3 +87,25 @@ def test_too_few_posts_to_cross_validate_are_said():
 def test_texts_without_words_leave_tf_idf_out(text):
     train = [Post(id=str(i), text=text, labels={"multimodal": "positive"}) for i in range(4)]
     assert tfidf(STRUCTURE, train, train) is None
+
+
+@pytest.mark.long
+@pytest.mark.mvsa
+def test_on_real_posts_the_baselines_are_as_strong_as_they_can_be():
+    if not (MVSA / "labelResultAll.txt").is_file():
+        pytest.skip("no MVSA-Single here; SIEVE_MVSA names its folder")
+    train, dev = (list(read_posts(MVSA, split=split)) for split in ("train", "dev"))
+    answers = {
+        "majority": majority(STRUCTURE, train, dev),
+        "text": perfect_label(STRUCTURE, train, dev, known="text"),
+        "image": perfect_label(STRUCTURE, train, dev, known="image"),
+        "tf-idf": tfidf(STRUCTURE, train, dev)[0],
+    }
+    figures = {
+        name: measure(mark(STRUCTURE, dev, found)["multimodal"]) for name, found in answers.items()
+    }
+    assert figures["majority"]["accuracy"] == pytest.approx(0.596, abs=0.001)
+    assert figures["text"]["accuracy"] == pytest.approx(0.807, abs=0.001)
+    assert figures["image"]["accuracy"] == pytest.approx(0.891, abs=0.001)
+    assert figures["tf-idf"]["accuracy"] >= 0.70
+    assert figures["tf-idf"]["weighted_f1"] >= 0.68
