@@ -39,7 +39,7 @@ STUDIES: dict[str, Entry] = {
     "transfer": Entry(
         summary="how good is the adapter on another data set, without training there?",
         why="an adapter may have learned one data set: its words, its label shares, its annotators",
-        cost="1 training and 2 evaluations a seed, 1 of the base, 1 of TF-IDF",
+        cost="1 training and 2 evaluations a seed, 1 of the base, TF-IDF once or twice",
         options=("to", "to_split", "to_train_split", "to_fields"),
     ),
     "noise": Entry(

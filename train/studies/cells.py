@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from serving.errors import ConfigError
 from train.files import write_json
 
 Result = Mapping[str, Any]
+Kind = Literal["training", "evaluation", "baseline"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training or one evaluation.
+    """One training, one evaluation, or a baseline that is fitted and asked.
 
     Attributes:
         name: also its file's.
@@ -27,7 +29,7 @@ class Cell:
     """
 
     name: str
-    kind: Literal["training", "evaluation"]
+    kind: Kind
     work: Callable[[], dict[str, Any]]
 
 
@@ -70,7 +72,7 @@ def _left(cells: Sequence[Cell], done: Mapping[str, Result]) -> str:
     if not cells:
         return "all done"
     total = 0.0
-    for kind in ("training", "evaluation"):
+    for kind in KINDS:
         seconds = [one["seconds"] for one in done.values() if one["kind"] == kind]
         coming = sum(cell.kind == kind for cell in cells)
         if coming and not seconds:
@@ -81,8 +83,8 @@ def _left(cells: Sequence[Cell], done: Mapping[str, Result]) -> str:
 
 
 def _count(cells: Sequence[Cell]) -> str:
-    trainings = sum(cell.kind == "training" for cell in cells)
-    return f"{trainings} trainings and {len(cells) - trainings} evaluations"
+    counts = {kind: sum(cell.kind == kind for cell in cells) for kind in KINDS}
+    return ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in counts.items() if n)
 
 
 def _say(line: str) -> None:

@@ -57,6 +57,7 @@ class Findings:
         figures: everything, for machines.
         plots: pictures.
         num_comparisons: pairs that met in a test.
+        num_posts: posts that conclusions are drawn from, where they are not the dev posts.
     """
 
     question: str
@@ -66,6 +67,7 @@ class Findings:
     limits: Sequence[str] = ()
     plots: Sequence[Plot] = ()
     num_comparisons: int = 0
+    num_posts: int | None = None
 
 
 def arm_row(name: str, spread: Figures) -> list[object]:

@@ -223,7 +223,7 @@ class PromptsStudy(Study):
             for key, name in ((SCORE, "macro-F1"), ("well_formed", "well formed, no constraint")):
                 spreads = [one["figures"][key] if key == SCORE else one[key] for one in measured]
                 lines[f"{arm}: {name}"] = [
-                    (index + 1, one["mean"], one["std"]) for index, one in enumerate(spreads)
+                    (str(index + 1), one["mean"], one["std"]) for index, one in enumerate(spreads)
                 ]
         return Plot(
             name="prompts",

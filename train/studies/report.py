@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from train.files import write_json, write_text
 from train.report.tables import markdown_table
 from train.studies.catalog import STUDIES
-from train.studies.cells import Result
+from train.studies.cells import KINDS, Result
 from train.studies.findings import Findings, Plot, Table
 from train.studies.setup import IMAGE_MODES, Setup
 
@@ -37,7 +37,7 @@ def write_report(
         "figures": findings.figures,
         "seconds": {
             kind: round(sum(one["seconds"] for one in results.values() if one["kind"] == kind), 1)
-            for kind in ("training", "evaluation")
+            for kind in KINDS
         },
         "num_cells": len(results),
         "configuration": dict(configuration),
@@ -81,7 +81,9 @@ def draw(plot: Plot) -> str:
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         if any(isinstance(point[0], str) for points in plot.lines.values() for point in points):
-            axes.tick_params(axis="x", rotation=20)
+            axes.margins(x=0.15)
+            if max(len(str(point[0])) for points in plot.lines.values() for point in points) > 3:
+                axes.tick_params(axis="x", rotation=20)
         axes.set(xlabel=plot.across, ylabel=plot.up)
         axes.legend(fontsize=7)
         file = io.StringIO()
@@ -110,16 +112,18 @@ def _what_was_run(content: Mapping[str, Any]) -> str:
         f"{recipe['learning_rate']:g}, {recipe['num_epochs']:g} epoch(s), batches of "
         f"{recipe['batch_size']}, {recipe['keep']} weights kept; all settings are in study.json.",
         f"Cells: {content['num_cells']}, {content['seconds']['training']:.0f} s of training, "
-        f"{content['seconds']['evaluation']:.0f} s of evaluation.",
+        f"{content['seconds']['evaluation']:.0f} s of evaluation, "
+        f"{content['seconds']['baseline']:.0f} s of baselines.",
     ]
     return _bullets(lines)
 
 
 def _limits(setup: Setup, findings: Findings) -> list[str]:
     """What holds for every study."""
+    num_posts = findings.num_posts or len(setup.material.dev)
     said = [
-        f"These are {len(setup.material.dev)} posts of one data set, answered by adapters of one "
-        "recipe. The figure after ± is the standard deviation over seeds; an interval in brackets "
+        f"These are {num_posts} posts of one data set, answered by adapters of one recipe. The "
+        "figure after ± is the standard deviation over seeds; an interval in brackets "
         "is a 95 % bootstrap over posts of the mean over seeds. Neither says anything about other "
         "data, bases or recipes.",
         "A verdict (better, worse) is about macro-F1, fixed beforehand: the interval leaves zero "
@@ -129,7 +133,10 @@ def _limits(setup: Setup, findings: Findings) -> list[str]:
         "seeds up would count every post several times. Results by seed are in study.json.",
     ]
     if len(setup.seeds) < 3:
-        said.append(f"Only {len(setup.seeds)} seeds: their deviation is worth little.")
+        said.append(
+            f"Number of seeds: {len(setup.seeds)}. Below 3 their deviation is worth little; where "
+            "there is none, luck with the seed is not told from a difference."
+        )
     if findings.num_comparisons > 1:
         said.append(
             f"{findings.num_comparisons} comparisons were made and no interval or p is widened "

@@ -98,9 +98,7 @@ class TransferStudy(Study):
         """The base and TF-IDF away; then by seed a training, home and away."""
         cells = [self.ask_cell("ask-base", None, posts=self._away)]
         for where in self._fitted_on():
-            cells.append(
-                Cell(name=f"fit-tfidf-{where}", kind="evaluation", work=self._tfidf(where))
-            )
+            cells.append(Cell(name=f"fit-tfidf-{where}", kind="baseline", work=self._tfidf(where)))
         for seed in self.setup.seeds:
             run = run_name(ADAPTER, seed)
             cells += [
@@ -186,12 +184,17 @@ class TransferStudy(Study):
                     across="answers of",
                     up=f"macro-F1 of {self.setup.field}",
                     lines={
-                        f"on {away}": [point(name, one) for name, one in figures["arms"].items()],
-                        f"on {home}": [point(name, one) for name, one in figures["home"].items()],
+                        f"away, on {away}": [
+                            point(name, one) for name, one in figures["arms"].items()
+                        ],
+                        f"home, on {home}": [
+                            point(name, one) for name, one in figures["home"].items()
+                        ],
                     },
                 )
             ],
             num_comparisons=len(against),
+            num_posts=len(self._away),
         )
 
     def _legend(self, results: Results) -> str:
