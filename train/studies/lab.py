@@ -51,7 +51,7 @@ class Lab:
         )
         summary = loads((run / "run.json").read_text(encoding="utf-8"))
         facts = {key: summary[key] for key in ("num_steps", "best_step", "trainable_parameters")}
-        return {**facts, "training_seconds": summary["seconds"]}
+        return {**facts, "training_seconds": summary["seconds_by_stage"]["training"]}
 
     def ask(
         self,
