@@ -71,8 +71,8 @@ class RankStudy(Study):
                     title=f"{self.setup.field} by rank",
                     headers=[*ARM_HEADERS, "trainable parameters", "seconds"],
                     rows=rows,
-                    legend="Seconds are of the steps alone, not of loading or of the tower; of a training "
-                    "that was stopped, from where it went on.",
+                    legend="Seconds are of the steps alone, without loading and tower; of a "
+                    "training that was stopped, from where it went on.",
                 )
             ],
             conclusions=[
