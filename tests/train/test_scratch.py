@@ -23,7 +23,8 @@ def tiny() -> Size:
         ),
         max_vocab_size=600,
         tower=TowerRecipe(num_steps=3, batch_size=8, num_topics=4, num_descriptions=4),
-        language=LanguageRecipe(num_steps=3, batch_size=8),
+        reading=LanguageRecipe(num_steps=2, batch_size=8, learning_rate=1e-3),
+        language=LanguageRecipe(num_steps=3, batch_size=8, learning_rate=1e-3),
         num_folds=2,
     )
 
@@ -84,7 +85,14 @@ def test_the_report_says_what_was_learned_from_and_how_long_it_took(base, posts)
     out, report = base
     assert json.loads((out / "base.json").read_text()) == report
     assert report["settings"]["num_posts"] == len(posts)
-    assert set(report["seconds"]) == {"tokenizer", "teachers", "tower", "language", "all"}
+    assert set(report["seconds"]) == {
+        "tokenizer",
+        "teachers",
+        "tower",
+        "reading",
+        "language",
+        "all",
+    }
     assert "both/multimodal" in report["figures"]["teachers"]["out_of_fold"]
     assert any("no pretrained weights" in note for note in report["notes"])
 

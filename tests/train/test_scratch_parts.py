@@ -27,7 +27,8 @@ def size():
         shape=Shape(),
         max_vocab_size=600,
         tower=TowerRecipe(num_steps=1, num_topics=4, num_descriptions=4),
-        language=LanguageRecipe(num_steps=1),
+        reading=LanguageRecipe(num_steps=1, learning_rate=1e-3),
+        language=LanguageRecipe(num_steps=1, learning_rate=1e-3),
         num_folds=3,
     )
 
@@ -99,7 +100,7 @@ def test_labels_are_learned_as_distributions_at_the_place_that_predicts_them():
 
 def test_every_post_is_asked_about_before_any_is_asked_about_again(corpus, lessons):
     tokenizer = learn_tokenizer(tokenizer_corpus(corpus), 600)
-    recipe = LanguageRecipe(num_steps=1, missing=0.0, writing=0.0)
+    recipe = LanguageRecipe(num_steps=1, learning_rate=1e-3, missing=0.0, writing=0.0)
     examiner = Examiner(corpus, lessons, tokenizer, recipe)
     batches = examiner.batches(9, np.random.default_rng(0))
     shown = [example.picture for _ in range(8) for example in next(batches)]
@@ -110,7 +111,7 @@ def test_every_post_is_asked_about_before_any_is_asked_about_again(corpus, lesso
 
 def test_hidden_pictures_and_texts_are_answered_by_teachers_that_do_not_see_them(corpus, lessons):
     tokenizer = learn_tokenizer(tokenizer_corpus(corpus), 600)
-    recipe = LanguageRecipe(num_steps=1, missing=0.5, writing=0.0)
+    recipe = LanguageRecipe(num_steps=1, learning_rate=1e-3, missing=0.5, writing=0.0)
     examiner = Examiner(corpus, lessons, tokenizer, recipe)
     image = tokenizer.convert_tokens_to_ids("<image>")
     rng = np.random.default_rng(0)

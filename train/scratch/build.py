@@ -11,11 +11,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -29,8 +30,9 @@ from train.files import write_json
 from train.scratch.chats import Examiner, tokenizer_corpus
 from train.scratch.corpus import Corpus, describe_posts, read_corpus
 from train.scratch.language import train_language
+from train.scratch.pieces import embed_pieces
 from train.scratch.settings import SIZES, Size
-from train.scratch.teacher import load_lessons, save_lessons, teach
+from train.scratch.teacher import Lessons, load_lessons, save_lessons, teach
 from train.scratch.tower import look, train_tower
 
 REPORT_NAME = "base.json"
@@ -115,6 +117,7 @@ class Build:
             "tokenizer": self._make_tokenizer,
             "teachers": self._make_teachers,
             "tower": self._make_tower,
+            "reading": self._make_reading,
             "language": self._make_language,
         }
 
@@ -140,7 +143,7 @@ class Build:
         return {"out_of_fold": lessons.figures}
 
     def _make_tower(self, folder: Path) -> dict[str, Any]:
-        lessons = load_lessons(self.work / "teachers" / "lessons.npz")
+        lessons = self._lessons
         llava = new_model(self._tokenizer, self.seed, self.recipe.shape)
         has_image = torch.from_numpy(self.corpus.has_image)
         pixels = torch.from_numpy(self.corpus.pixels)[has_image]
@@ -154,20 +157,42 @@ class Build:
         state.unlink(missing_ok=True)
         return {"loss": loss}
 
-    def _make_language(self, folder: Path) -> dict[str, Any]:
-        lessons = load_lessons(self.work / "teachers" / "lessons.npz")
-        llava = LlavaForConditionalGeneration.from_pretrained(
-            self.work / "tower",
-            attn_implementation="eager",  # faster than sdpa to train on a CPU
+    def _make_reading(self, folder: Path) -> dict[str, Any]:
+        """The language model learns texts, from rows that counts have given it."""
+        llava, lessons = self._load("tower"), self._lessons
+        rows = embed_pieces(
+            self.corpus, lessons.said, self._tokenizer, self.recipe.shape.text_width, self.seed
         )
-        tower, pixels = llava.model.vision_tower, torch.from_numpy(self.corpus.pixels)
+        table = llava.get_input_embeddings().weight.data
+        table[list(rows)] = torch.from_numpy(np.stack(list(rows.values())))
+        blind = replace(self.corpus, has_image=np.zeros_like(self.corpus.has_image))
+        recipe = self.recipe.reading
+        examiner = Examiner(blind, lessons, self._tokenizer, recipe)
+        no_sight = torch.zeros(0, self.recipe.shape.num_patches, self.recipe.shape.tower_width)
+        figures = train_language(llava, examiner, [no_sight], recipe, self.seed)
+        self._save(llava, folder)
+        return figures
+
+    def _make_language(self, folder: Path) -> dict[str, Any]:
+        llava, pixels = self._load("reading"), torch.from_numpy(self.corpus.pixels)
+        tower = llava.model.vision_tower
         generator = torch.Generator().manual_seed(self.seed)
         sights = [look(tower, pixels, None), look(tower, pixels, generator)]
         recipe = self.recipe.language
-        examiner = Examiner(self.corpus, lessons, self._tokenizer, recipe)
-        figures = train_language(llava, examiner, sights, recipe, self.seed)
+        examiner = Examiner(self.corpus, self._lessons, self._tokenizer, recipe)
+        figures = train_language(llava, examiner, sights, recipe, self.seed + 1)
         self._save(llava, folder)
         return figures
+
+    def _load(self, stage: str) -> Any:
+        return LlavaForConditionalGeneration.from_pretrained(
+            self.work / stage,
+            attn_implementation="eager",  # faster than sdpa to train on a CPU
+        )
+
+    @cached_property
+    def _lessons(self) -> Lessons:
+        return load_lessons(self.work / "teachers" / "lessons.npz")
 
     @property
     def _tokenizer(self) -> Any:

@@ -27,7 +27,7 @@ class TowerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageRecipe:
-    """How projector and language model are trained.
+    """How projector and language model are trained, in one of their two stages.
 
     Attributes:
         dropout: share of each layer's outputs that is zeroed in training.
@@ -39,25 +39,31 @@ class LanguageRecipe:
     """
 
     num_steps: int
+    learning_rate: float
     batch_size: int = 48
-    learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     warmup_share: float = 0.08
-    dropout: float = 0.1
+    dropout: float = 0.05
     word_dropout: float = 0.15
-    missing: float = 0.15
-    writing: float = 0.1
-    text_weight: float = 0.3
-    average: float = 0.99
+    missing: float = 0.1
+    writing: float = 0.05
+    text_weight: float = 0.1
+    average: float = 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One size of model, with the training that fits it."""
+    """One size of model, with the training that fits it.
+
+    Attributes:
+        reading: the language model on texts alone, which are shorter without pictures.
+        language: projector and language model on whole posts, after that.
+    """
 
     shape: Shape
     max_vocab_size: int
     tower: TowerRecipe
+    reading: LanguageRecipe
     language: LanguageRecipe
     num_folds: int = 5
 
@@ -65,10 +71,11 @@ class Size:
 def _small() -> Size:
     """For a few thousand posts and two CPU cores."""
     return Size(
-        shape=Shape(text_width=192, text_mlp_width=512, text_layers=3),
+        shape=Shape(text_width=192, text_mlp_width=512, text_layers=2),
         max_vocab_size=3072,
-        tower=TowerRecipe(num_steps=500),
-        language=LanguageRecipe(num_steps=700),
+        tower=TowerRecipe(num_steps=400),
+        reading=LanguageRecipe(num_steps=800, learning_rate=2.5e-3),
+        language=LanguageRecipe(num_steps=240, learning_rate=1.5e-3),
     )
 
 
