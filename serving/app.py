@@ -181,6 +181,7 @@ def model_cards(labeler: Labeler) -> list[dict[str, Any]]:
                 "label_structure": structure.name,
                 "fields": {field: list(labels) for field, labels in structure.fields.items()},
                 "prompt": structure.prompt,
+                "answer": structure.answer,
                 "retention_ratio": settings.retention.ratio,
                 "selector": settings.retention.selector,
                 "quality": installed.manifest.quality if installed else {},

@@ -14,7 +14,7 @@ from serving.posts import Post
 from serving.structures import LabelStructure
 from train.baselines import majority, perfect_label, tfidf
 from train.evaluated import EvaluatedModel
-from train.predict import Prediction, _other_images
+from train.predict import Prediction, with_other_images
 from train.sight import broken_image
 from train.significance import NUM_RESAMPLES
 
@@ -294,5 +294,5 @@ def _shuffled(
     if sum(bool(post.images) for post in posts) < 2:
         notes.append("Fewer than 2 posts have images: no shuffled-image control")
         return None
-    others = _other_images(posts, "shuffled", plan.seed)
+    others = with_other_images(posts, "shuffled", plan.seed)
     return model.label(others, ratio=1.0, selector="cls", title="shuffled images")

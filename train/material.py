@@ -35,19 +35,19 @@ def read_material(
     found = find_structure(known, structure)
     admission = Admission(found, skip_unlabelled=skip_unlabelled, skip_broken=skip_broken)
     renamed = parse_fields(fields)
-    posts = [
-        admission.admit(islice(read_posts(data, split=split, fields=renamed, structure=found), limit))
-        if split is not None or part == "train"
-        else []
-        for part, split in (("train", train), ("dev", dev))
-    ]
-    _check_apart(*posts)
+
+    def read(split: str | None) -> list[Post]:
+        posts = read_posts(data, split=split, fields=renamed, structure=found)
+        return admission.admit(islice(posts, limit))
+
+    posts, held_out = read(train), read(dev) if dev is not None else []
+    _check_apart(posts, held_out)
     source = {
         "source": data.name,
         "splits": {"train": _name(train), "dev": _name(dev)},
         "left_out": admission.skipped,
     }
-    return found, Material(train=posts[0], dev=posts[1], source=source)
+    return found, Material(train=posts, dev=held_out, source=source)
 
 
 def parse_fields(fields: str | None) -> dict[str, str] | None:

@@ -72,7 +72,7 @@ def predict(
         seed: of the shuffle.
         title: of the progress bar; None shows none.
     """
-    asked = list(posts) if images == "own" else _other_images(posts, images, seed)
+    asked = list(posts) if images == "own" else with_other_images(posts, images, seed)
     if texts == "none":
         asked = [replace(post, text="") for post in asked]
     sight.see(asked)
@@ -158,7 +158,7 @@ def embed_post(
     return torch.cat(rows), kept, len(seen) * model.num_patches
 
 
-def _other_images(
+def with_other_images(
     posts: Sequence[Post], images: Literal["own", "none", "shuffled"], seed: int
 ) -> list[Post]:
     """Posts without images, or each with those of another post that has as many."""

@@ -286,7 +286,7 @@ def _structure_of(card: dict[str, Any]) -> LabelStructure:
     """The structure that a card describes; its answer's form is the default one where unknown."""
     own = make_structure(
         str(card.get("label_structure")),
-        {"fields": card.get("fields"), "prompt": card.get("prompt")},
+        {name: card.get(name) for name in ("fields", "prompt", "answer")},
     )
     known = STRUCTURES.get(own.name)
     is_known = known is not None and known.fields == own.fields and known.prompt == own.prompt

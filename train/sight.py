@@ -32,7 +32,7 @@ from serving.manifest import fingerprint
 from serving.posts import Post
 from train.model import Llava
 
-BATCH_SIZE = 16
+BATCH_SIZE = {"cpu": 4, "cuda": 32}  # images at once; small ones stay in a CPU's caches
 LIMITS = ImageLimits()
 
 
@@ -106,10 +106,11 @@ class Sight:
             self._read_index()
             todo = [(key, raw) for key, raw in missing.items() if key not in self._rows]
             bar = tqdm(total=len(todo), desc="images", unit="image", disable=None)
+            size = BATCH_SIZE.get(self.model.device.type, 16)
             try:
-                for start in range(0, len(todo), BATCH_SIZE):
-                    self._add(dict(todo[start : start + BATCH_SIZE]))
-                    bar.update(len(todo[start : start + BATCH_SIZE]))
+                for start in range(0, len(todo), size):
+                    self._add(dict(todo[start : start + size]))
+                    bar.update(len(todo[start : start + size]))
             except OSError as error:
                 raise ConfigError(
                     f"--cache: what the tower saw cannot be written ({error.strerror}); free some "

@@ -42,7 +42,7 @@ def summarize(evaluation: Evaluation) -> Figures:
         "comparisons": comparisons,
         "shuffled_images": shuffled,
         "well_formed": summary.well_formed(),
-        "conclusions": [*_conclude_shuffled(shuffled), *_conclude_baselines(comparisons)],
+        "conclusions": [*conclude_shuffled(shuffled), *_conclude_baselines(comparisons)],
         "notes": list(evaluation.notes),
     }
 
@@ -151,7 +151,8 @@ def _as_dict(estimates: dict[str, Estimate]) -> Figures:
     return {name: asdict(one) for name, one in estimates.items()}
 
 
-def _conclude_shuffled(shuffled: Figures | None) -> list[str]:
+def conclude_shuffled(shuffled: Figures | None) -> list[str]:
+    """Whether anything follows for retention from what shuffled images cost."""
     if shuffled is None:
         return ["Images were not shuffled, so nothing is known about what retention costs"]
     drop = shuffled["drop"][SCORE]

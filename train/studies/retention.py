@@ -10,7 +10,7 @@ from typing import Any
 from serving.errors import ConfigError
 from train.evaluation import Plan
 from train.metrics import Marked
-from train.report.figures import SCORE, _conclude_shuffled
+from train.report.figures import SCORE, conclude_shuffled
 from train.report.tables import as_difference
 from train.studies.cells import Cell
 from train.studies.findings import (
@@ -177,7 +177,7 @@ class RetentionStudy(Study):
         """The control first: without it, nothing about ratios is concluded."""
         shuffled = measured["shuffled"]
         lines = [
-            *_conclude_shuffled(shuffled),
+            *conclude_shuffled(shuffled),
             *conclude_floor({"adapter, all tokens": measured["whole"]}, measured["majority"]),
         ]
         if not shuffled or not shuffled["lowers_the_score"]:
