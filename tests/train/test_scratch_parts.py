@@ -9,6 +9,7 @@ from train.scratch.chats import Examiner, Example, tokenizer_corpus
 from train.scratch.corpus import label_fields, read_corpus
 from train.scratch.descriptors import describe_images
 from train.scratch.language import IGNORED, collate
+from train.scratch.pieces import embed_pieces
 from train.scratch.settings import LanguageRecipe, Size, TowerRecipe
 from train.scratch.teacher import teach
 from train.scratch.tower import augment
@@ -123,3 +124,13 @@ def test_hidden_pictures_and_texts_are_answered_by_teachers_that_do_not_see_them
             np.allclose(shares, sorted(lessons.said[f"{view}/{field}"][post].tolist()))
             for field in corpus.fields
         )
+
+
+def test_pieces_start_alike_where_texts_with_them_feel_alike(corpus, lessons):
+    tokenizer = learn_tokenizer(tokenizer_corpus(corpus), 900)
+    rows = embed_pieces(corpus, lessons.said, tokenizer, 32, 0)
+    again = embed_pieces(corpus, lessons.said, tokenizer, 32, 0)
+    assert all(row.shape == (32,) and np.isfinite(row).all() for row in rows.values())
+    assert all(np.array_equal(rows[id_], again[id_]) for id_ in rows)
+    used = {id_ for text in corpus.texts for id_ in tokenizer.encode(f"Text: {text}")[1:]}
+    assert used == set(rows)
