@@ -28,8 +28,9 @@ examples:
   python -m serving verify --help                    check that an adapter is served as trained
 """
 _LABEL_EPILOG = """\
---data is MVSA-Single's layout, a folder of image/text pairs, a JSONL or a CSV file. Flags of the
-engine (--dtype, --kv-cache-gib, ...) apply where it runs here, without --server.
+--data is MVSA's layouts, Twitter-2015/2017, a folder of image/text pairs, JSONL, CSV or LLaVA
+conversations. Flags of the engine (--dtype, --kv-cache-gib, ...) apply where it runs here, without
+--server.
 
 examples:
   python -m serving label --data posts/ --server http://127.0.0.1:8000 --model llavac
@@ -93,7 +94,7 @@ def _label_command(argv: list[str]) -> Command:
     add("--out", type=Path, help="write a row a post: .jsonl or .csv")
     add("--summary-json", type=Path, help="write the summary for machines")
     add("--limit", type=int, help="label the first N posts only")
-    add("--split", help="MVSA layout: only the ids of SPLIT_ids.txt")
+    add("--split", help="only the ids of SPLIT_ids.txt, or of a file")
     add("--concurrency", type=int, default=16, help="requests at once (default 16)")
     add("--checkpoint", help="without --server: checkpoint to load (default the demo)")
     engine_flags = ("config", *ENGINE_FIELDS)
