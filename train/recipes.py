@@ -172,12 +172,30 @@ def demo() -> Recipe:
     )
 
 
+def small() -> Recipe:
+    """For the small LLaVA of `train base`: little rank, much regularisation, weighted labels."""
+    return Recipe(
+        name="small",
+        structure="llavac",
+        rank=16,
+        alpha=32,
+        dropout=0.1,
+        learning_rate=3e-4,
+        warmup=0.1,
+        num_epochs=2,
+        micro_batch_size=32,
+        dtype="float32",
+        balance="weights",
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "llavac": llavac,
     "llavac-script": llavac_script,
     "llavac-mo": llavac_mo,
     "robust": robust,
     "demo": demo,
+    "small": small,
     "projector": projector,
 }
 

@@ -35,19 +35,24 @@ def embed_pieces(
     felt = Ridge(alpha=1.0).fit(counted, feelings).coef_.T
     num_topics = min(width - felt.shape[1], min(counted.shape) - 1)
     topics = TruncatedSVD(num_topics, random_state=seed).fit(counted).components_.T
-    rows = np.concatenate(
+    joined = np.concatenate(
         [_scaled(felt, width * _FEELING_SHARE), _scaled(topics, width * (1 - _FEELING_SHARE))],
         axis=1,
     )
     # Every number of a row should carry a little of everything, as in trained models.
     turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
-    turned = _SCALE * rows @ turn[: rows.shape[1]]
-    ids = tokenizer.convert_tokens_to_ids(list(counter.get_feature_names_out()))
-    return dict(zip(ids, turned.astype(np.float32), strict=True))
+    turned = _SCALE * joined @ turn[: joined.shape[1]]
+    rows = dict(zip(counter.get_feature_names_out(), turned.astype(np.float32), strict=True))
+    return {
+        piece_id: rows[piece.lower()]
+        for piece, piece_id in tokenizer.get_vocab().items()
+        if piece.lower() in rows
+    }
 
 
 def _as_pieces(tokenizer: Any) -> Any:
-    return lambda text: tokenizer.tokenize(f"Text: {text}")
+    """Pieces without their case: a word starts the same however it is written."""
+    return lambda text: [piece.lower() for piece in tokenizer.tokenize(f"Text: {text}")]
 
 
 def _scaled(rows: np.ndarray, energy: float) -> np.ndarray:

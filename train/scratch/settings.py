@@ -72,10 +72,10 @@ def _small() -> Size:
     """For a few thousand posts and two CPU cores."""
     return Size(
         shape=Shape(text_width=192, text_mlp_width=512, text_layers=2),
-        max_vocab_size=3072,
+        max_vocab_size=8192,
         tower=TowerRecipe(num_steps=400),
-        reading=LanguageRecipe(num_steps=800, learning_rate=2.5e-3),
-        language=LanguageRecipe(num_steps=240, learning_rate=1.5e-3),
+        reading=LanguageRecipe(num_steps=1200, learning_rate=2.5e-3),
+        language=LanguageRecipe(num_steps=300, learning_rate=1.5e-3),
     )
 
 
