@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -55,7 +54,7 @@ class Examples(Dataset[Example]):
         model: whose tokenizer and chat template.
         structure: what is asked; every post needs a label in each of its fields.
         posts: read once.
-        balance: weigh each field's labels by how rare they are.
+        weight_power: a label weighs (n / C n_label) to this power in the loss.
         prompts: phrasings of the structure's prompt that take turns, post by post; none stands
             for the structure's own.
 
@@ -70,7 +69,7 @@ class Examples(Dataset[Example]):
         structure: LabelStructure,
         posts: Iterable[Post],
         *,
-        balance: bool,
+        weight_power: float = 0.0,
         prompts: Sequence[str] = (),
     ) -> None:
         constraint = model.constraint(structure)
@@ -100,26 +99,25 @@ class Examples(Dataset[Example]):
         self._prompts = np.concatenate(encoded)
         self._ends = np.cumsum([len(prompt) for prompt in encoded])
         self._weights = [[1.0] * len(answer) for answer in self._answers]
-        if balance:
-            self._weigh_fields(model, structure)
+        if weight_power:
+            self._weigh_fields(model, structure, weight_power)
 
-    def _weigh_fields(self, model: Llava, structure: LabelStructure) -> None:
-        """Each field's labels by inverse frequency; the ids of a label share its weight."""
+    def _weigh_fields(self, model: Llava, structure: LabelStructure, power: float) -> None:
+        """Each field's labels by how rare they are; the ids of a label share its weight."""
         constraint = model.constraint(structure)
+        rarity = {field: self.label_weights(field) for field in structure.fields}
         for kind, labels in enumerate(self._labels):
             weights: list[float] = []
             for tokens in constraint.fields:
-                rare = self.label_weights(tokens.name)[labels[tokens.name]]
+                rare = rarity[tokens.name][labels[tokens.name]] ** power
                 weights += [rare] * len(tokens.segments[labels[tokens.name]])
             rest = len(self._answers[kind]) - len(weights)
             self._weights[kind] = [*weights, *[1.0] * rest]
 
     def label_weights(self, field: str) -> dict[str, float]:
-        """N / (C n_label) of each label of a field, scikit-learn's `balanced`."""
-        values = np.array([self._labels[kind][field] for kind in self.kinds])
-        names = np.unique(values)
-        weights = compute_class_weight("balanced", classes=names, y=values)
-        return dict(zip(names.tolist(), weights.tolist(), strict=True))
+        """n / (C n_label) of each of a field's C labels, scikit-learn's `balanced`."""
+        counts = self.label_counts()[field]
+        return {label: len(self) / (len(counts) * count) for label, count in counts.items()}
 
     def label_counts(self) -> dict[str, dict[str, int]]:
         """Posts by field and label."""

@@ -130,7 +130,7 @@ def make_trainer(
         model,
         structure,
         material.train,
-        balance=recipe.balance == "weights",
+        weight_power=recipe.weight_power,
         prompts=material.prompts,
     )
     if recipe.gradient_checkpointing:
@@ -335,7 +335,7 @@ def preview(
         model,
         structure,
         material.train,
-        balance=recipe.balance == "weights",
+        weight_power=recipe.weight_power,
         prompts=material.prompts,
     )
     add_lora(model, recipe)

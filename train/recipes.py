@@ -53,8 +53,10 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations, save memory"
     )
-    balance: Literal["none", "weights", "sampling"] = Field(
-        default="none", description="rare labels count more in the loss, or are drawn more often"
+    balance: Literal["none", "sqrt-weights", "weights", "sampling"] = Field(
+        default="none",
+        description="rare labels count more in the loss (by inverse frequency or its root), or are "
+        "drawn more often",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the answers' tokens")
     retention_ratio: float = Field(
@@ -84,6 +86,11 @@ class Recipe(BaseModel):
     )
     seed: int = Field(default=0, ge=0)
     notes: tuple[str, ...] = Field(default=(), description="what the manifest should say")
+
+    @property
+    def weight_power(self) -> float:
+        """Power of a label's inverse frequency that is its weight in the loss."""
+        return {"weights": 1.0, "sqrt-weights": 0.5}.get(self.balance, 0.0)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -185,7 +192,7 @@ def small() -> Recipe:
         num_epochs=2,
         micro_batch_size=32,
         dtype="float32",
-        balance="weights",
+        balance="sqrt-weights",
     )
 
 

@@ -162,6 +162,7 @@ def test_small_micro_batches_take_the_same_steps_as_large_ones(data, cache, tmp_
     "settings",
     [
         ("balance=weights",),
+        ("balance=sqrt-weights",),
         ("balance=sampling",),
         ("retention_ratio=0.4",),
         ("gradient_checkpointing=true",),

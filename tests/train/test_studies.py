@@ -172,8 +172,8 @@ def test_phrasings_take_turns_over_the_training_posts(clean):
     def prompt_of(examples, index):
         return model.tokenizer.decode(examples[index].prompt_ids)
 
-    examples = Examples(model, LLAVAC, clean[:3], balance=False, prompts=prompts)
-    own = Examples(model, LLAVAC, clean[:3], balance=False)
+    examples = Examples(model, LLAVAC, clean[:3], prompts=prompts)
+    own = Examples(model, LLAVAC, clean[:3])
     for index, word in enumerate(("First", "Second", "First")):
         assert word in prompt_of(examples, index)
         assert "First" not in prompt_of(own, index)
