@@ -115,7 +115,7 @@ class Examples(Dataset[Example]):
             self._weights[kind] = [*weights, *[1.0] * rest]
 
     def label_weights(self, field: str) -> dict[str, float]:
-        """n / (C n_label) of each of a field's C labels, scikit-learn's `balanced`."""
+        """N / (C n_label) of each of a field's C labels, scikit-learn's `balanced`."""
         counts = self.label_counts()[field]
         return {label: len(self) / (len(counts) * count) for label, count in counts.items()}
 
