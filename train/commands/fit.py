@@ -71,8 +71,9 @@ def run(given: Namespace) -> int:
         return relaunch
     import torch
 
-    from train.fit import fit, preview
+    from train.fit import fit
     from train.material import read_material
+    from train.preview import preview
 
     torch.set_num_threads(given.threads)
     structure, material = read_material(
