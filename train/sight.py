@@ -90,6 +90,7 @@ class Sight:
             raise ConfigError(f"--cache {folder}: {error.strerror}", param="cache") from error
         self._keys: dict[Path | bytes, str] = {}
         self._rows: dict[str, tuple[int, int]] = {}  # key to row and seed
+        self._index_end = 0  # bytes of whole lines
         self._read_index()
 
     def see(self, posts: Iterable[Post]) -> None:
@@ -203,10 +204,14 @@ class Sight:
         lines = "".join(
             json.dumps({"key": key, "row": first + i, "seed": seed}) + "\n"
             for i, (key, seed) in enumerate(zip(batch, seeds, strict=True))
-        )
-        # Only what the index names counts: a row without its line is written over later.
-        with (self._folder / "index.jsonl").open("a", encoding="utf-8") as file:
+        ).encode()
+        # Only what the index names counts: a row without its line is written over later, and so
+        # is the half line that a kill may leave.
+        with (self._folder / "index.jsonl").open("r+b" if self._index_end else "wb") as file:
+            file.seek(self._index_end)
             file.write(lines)
+            file.truncate()
+        self._index_end += len(lines)
         self._rows |= {key: (first + i, seeds[i]) for i, key in enumerate(batch)}
         self.__dict__.pop("_memory", None)
 
@@ -240,14 +245,17 @@ class Sight:
         if not path.exists():
             return
         rows: dict[str, tuple[int, int]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
+        end = 0
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # the last line of a run that was killed
-            if entry["row"] != len(rows):
+                break
+            if not line.endswith(b"\n") or entry["row"] != len(rows):
                 break
             rows[entry["key"]] = (entry["row"], entry["seed"])
+            end += len(line)
+        self._index_end = end
         if len(rows) > len(self._rows):
             self._rows = rows
             self.__dict__.pop("_memory", None)
