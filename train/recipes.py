@@ -187,7 +187,7 @@ def small() -> Recipe:
         rank=16,
         alpha=32,
         dropout=0.1,
-        learning_rate=3e-4,
+        learning_rate=2e-3,
         warmup=0.1,
         num_epochs=2,
         micro_batch_size=32,
