@@ -7,9 +7,13 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.recipes import RECIPES, Recipe, make_recipe
+
+if TYPE_CHECKING:
+    from serving.structures import LabelStructure
+    from train.fit import Material
 
 DESCRIPTION = """\
 Train an adapter by a recipe: from posts to a folder that `python -m train export` makes ready for
@@ -63,6 +67,27 @@ def add_data_flags(parser: ArgumentParser) -> None:
     add("--skip-broken", action="store_true", help="leave posts with broken images out, counted")
 
 
+def material_of(given: Namespace, structure: str) -> tuple[LabelStructure, Material]:
+    """The structure of that name and the posts that the flags say.
+
+    Raises:
+        ConfigError: no such structure, or posts that cannot be used.
+    """
+    from train.material import read_material
+
+    return read_material(
+        given.data,
+        structure,
+        train=given.train_split,
+        dev=given.dev_split,
+        structures=given.structures,
+        fields=given.fields,
+        limit=given.limit,
+        skip_unlabelled=given.skip_unlabelled,
+        skip_broken=given.skip_broken,
+    )
+
+
 def run(given: Namespace) -> int:
     """Trains, or says what it would do."""
     recipe = recipe_of(given)
@@ -72,21 +97,10 @@ def run(given: Namespace) -> int:
     import torch
 
     from train.fit import fit
-    from train.material import read_material
     from train.preview import preview
 
     torch.set_num_threads(given.threads)
-    structure, material = read_material(
-        given.data,
-        recipe.structure,
-        train=given.train_split,
-        dev=given.dev_split,
-        structures=given.structures,
-        fields=given.fields,
-        limit=given.limit,
-        skip_unlabelled=given.skip_unlabelled,
-        skip_broken=given.skip_broken,
-    )
+    structure, material = material_of(given, recipe.structure)
     if given.dry_run:
         _print_preview(preview(recipe, structure, material, base=given.base))
         return 0

@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from train.commands.fit import add_data_flags
+from train.commands.fit import add_data_flags, material_of
 
 DESCRIPTION = """\
 Train the projector alone, LLaVA's first stage, and write it into a new base checkpoint.
@@ -37,23 +37,12 @@ def run(given: Namespace) -> int:
 
     from serving.manifest import fingerprint
     from train.fold import fold
-    from train.material import read_material
     from train.recipes import make_recipe
 
     torch.set_num_threads(given.threads)
     settings = [f"structure={given.structure}", *given.set]
     recipe = make_recipe("projector", file=given.config, settings=settings)
-    structure, material = read_material(
-        given.data,
-        recipe.structure,
-        train=given.train_split,
-        dev=given.dev_split,
-        structures=given.structures,
-        fields=given.fields,
-        limit=given.limit,
-        skip_unlabelled=given.skip_unlabelled,
-        skip_broken=given.skip_broken,
-    )
+    structure, material = material_of(given, recipe.structure)
     out = fold(
         recipe,
         structure,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.errors import ConfigError
 from serving.structures import STRUCTURES, load_structures
-from train.commands.fit import add_data_flags
+from train.commands.fit import add_data_flags, material_of
 from train.recipes import RECIPES, Recipe, make_recipe
 from train.studies.catalog import STUDIES, find_study
 
@@ -112,24 +112,13 @@ def setup_of(given: Namespace) -> Setup:
     Raises:
         ConfigError: a flag that this study does not have, or posts that cannot be used.
     """
-    from train.material import read_material
     from train.model import DTYPES
     from train.studies.setup import Setup
 
     if given.dtype not in DTYPES:
         raise ConfigError(f"--dtype {given.dtype!r}: allowed are {', '.join(DTYPES)}")
     seeds, recipe, options = _seeds(given.seeds), recipe_of(given), _options(given)
-    structure, material = read_material(
-        given.data,
-        recipe.structure,
-        train=given.train_split,
-        dev=given.dev_split,
-        structures=given.structures,
-        fields=given.fields,
-        limit=given.limit,
-        skip_unlabelled=given.skip_unlabelled,
-        skip_broken=given.skip_broken,
-    )
+    structure, material = material_of(given, recipe.structure)
     return Setup(
         study=given.study,
         base=_absolute(given.base),
