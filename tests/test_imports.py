@@ -22,6 +22,7 @@ ALLOWED = {
         "serving.images",
         "serving.constraint",
         "serving.scoring",
+        "serving.retries",
         "patches.selection",
         "patches.config",
     },

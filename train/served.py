@@ -9,12 +9,9 @@ from __future__ import annotations
 import base64
 import copy
 import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -23,6 +20,7 @@ from tqdm import tqdm
 
 from serving.errors import ConfigError
 from serving.posts import Post
+from serving.retries import Retries
 from serving.schema import LabelResponse
 from serving.structures import STRUCTURES, LabelStructure, make_structure
 from train.predict import Prediction
@@ -31,41 +29,6 @@ CONCURRENCY = 16
 MAX_WRITTEN_TOKENS = 64
 _BUSY = (429, 503)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How often a request is tried, and the wait in between.
-
-    Attributes:
-        num_tries: of one request.
-        base_s: the first wait; it doubles from try to try.
-        most_s: longest wait of our own.
-        most_asked_s: longest wait that a server's `Retry-After` gets.
-    """
-
-    num_tries: int = 8
-    base_s: float = 0.25
-    most_s: float = 8.0
-    most_asked_s: float = 60.0
-
-    def wait_s(self, tried: int, retry_after: str | None) -> float:
-        """Seconds until the next try: what the server asked for at least, and a little jitter."""
-        own = min(self.most_s, self.base_s * 2 ** (tried - 1))
-        asked = min(self.most_asked_s, _parse_retry_after(retry_after))
-        return max(own, asked) * random.uniform(1.0, 1.25)
-
-
-def _parse_retry_after(value: str | None) -> float:
-    """Seconds of a `Retry-After` header, a number or a date (RFC 9110, 10.2.3)."""
-    if value is None:
-        return 0.0
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
 
 
 class ServedModel:
@@ -90,11 +53,11 @@ class ServedModel:
         structure: LabelStructure | None = None,
         *,
         concurrency: int = CONCURRENCY,
-        patience: Patience | None = None,
+        patience: Retries | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.server = server.rstrip("/").removesuffix("/v1")
-        self._concurrency, self._patience = concurrency, patience or Patience()
+        self._concurrency, self._patience = concurrency, patience or Retries()
         self._client = httpx.Client(
             base_url=_url(self.server),
             timeout=httpx.Timeout(300, connect=10, pool=None),

@@ -27,7 +27,8 @@ from serving.labeler import Choices, Labeler
 from serving.labelling import LabelOptions, label_posts, run_label
 from serving.metrics import Metrics
 from serving.posts import Post
-from serving.senders import EngineSender, HttpSender, Retries
+from serving.retries import Retries
+from serving.senders import EngineSender, HttpSender
 from serving.structures import SENTIMENTS
 from serving.summary import Quality, Result
 from tests.serving.fake_engine import FakeEngine

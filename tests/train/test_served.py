@@ -11,15 +11,16 @@ import pytest
 from patches.selection import SELECTORS
 from serving.errors import ConfigError
 from serving.posts import Post
+from serving.retries import Retries
 from serving.settings import DEMO
 from serving.structures import SENTIMENTS, STRUCTURES, make_structure
 from train.demo.dataset import demo_posts
 from train.evaluated import LocalModel
 from train.evaluation import Plan, choose_posts, evaluate
 from train.report.figures import summarize
-from train.served import Patience, ServedModel
+from train.served import ServedModel
 
-QUICK = Patience(num_tries=4, base_s=0.001, most_s=0.002)
+QUICK = Retries(num_tries=4, base_s=0.001, most_s=0.002)
 FIELDS = {"image": SENTIMENTS, "text": SENTIMENTS, "multimodal": SENTIMENTS}
 CARDS = [
     {
@@ -133,7 +134,7 @@ def test_a_busy_server_is_asked_again(reply):
 
 
 def test_the_wait_is_what_the_server_asks_for_within_reason():
-    patience = Patience(base_s=0.1, most_s=1.0, most_asked_s=30.0)
+    patience = Retries(base_s=0.1, most_s=1.0, most_asked_s=30.0)
     assert 0.1 <= patience.wait_s(1, None) <= 0.125
     assert 1.0 <= patience.wait_s(9, None) <= 1.25
     assert 7.0 <= patience.wait_s(1, "7") <= 8.75

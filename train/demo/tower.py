@@ -89,7 +89,7 @@ def train_tower(
         weight_decay=recipe.weight_decay,
         betas=(0.9, 0.98),
     )
-    first = _load_state(state, model, optimizer)
+    first = load_state(state, model, optimizer)
     steps = trange(first, recipe.num_steps, initial=first, total=recipe.num_steps, desc="tower")
     for step in steps:
         for group in optimizer.param_groups:
@@ -99,7 +99,7 @@ def train_tower(
         loss = _train_step(model, optimizer, pictures, recipe, _generator(seed, step))
         steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if (step + 1) % recipe.save_every == 0:
-            _save_state(state, model, optimizer, step + 1)
+            save_state(state, model, optimizer, step + 1)
     return model.tower.eval()
 
 
@@ -171,14 +171,15 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def _save_state(path: Path, model: Clip, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """What a stopped training goes on from, in place by one rename."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
 
 
-def _load_state(path: Path, model: Clip, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restores a state and says which step comes next; 0 where there is none."""
     if not path.exists():
         return 0

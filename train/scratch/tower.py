@@ -18,7 +18,7 @@ from tqdm import trange
 from transformers import CLIPVisionModel
 
 from train.demo.checkpoint import CLIP_MEAN, CLIP_STD, Shape, vision_config
-from train.demo.tower import one_cycle
+from train.demo.tower import load_state, one_cycle, save_state
 from train.scratch.settings import TowerRecipe
 
 SAVE_EVERY = 100
@@ -63,7 +63,7 @@ def train_tower(
         weight_decay=recipe.weight_decay,
         betas=(0.9, 0.98),
     )
-    first, last = _load_state(state, model, optimizer), float("nan")
+    first, last = load_state(state, model, optimizer), float("nan")
     bar = trange(
         first, recipe.num_steps, initial=first, total=recipe.num_steps, desc="tower", disable=None
     )
@@ -86,7 +86,7 @@ def train_tower(
         last = round(float(loss.detach()), 4)
         bar.set_postfix(loss=last, refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
-            _save_state(state, model, optimizer, step + 1)
+            save_state(state, model, optimizer, step + 1)
     return model.tower.eval(), last
 
 
@@ -127,20 +127,3 @@ def look(tower: CLIPVisionModel, pixels: Tensor, generator: torch.Generator | No
         output = tower(normalize(seen), output_hidden_states=True)
         parts.append(output.hidden_states[-2][:, 1:].bfloat16())
     return torch.cat(parts)
-
-
-def _save_state(path: Path, model: Looker, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def _load_state(path: Path, model: Looker, optimizer: torch.optim.Optimizer) -> int:
-    """Restores a state and says which step comes next; 0 where there is none."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
