@@ -116,6 +116,8 @@ def llavac() -> Recipe:
 def llavac_script() -> Recipe:
     """The same with LLaVA's own LoRA script: all language-model linears, 2e-4.
 
+    The script also trains the whole projector at 2e-5, which no adapter can carry: it stays here.
+
     https://github.com/haotian-liu/LLaVA/blob/main/scripts/v1_5/finetune_lora.sh
     """
     return llavac().model_copy(
@@ -124,6 +126,7 @@ def llavac_script() -> Recipe:
             "targets": "linear",
             "learning_rate": 2e-4,
             "dropout": 0.05,
+            "notes": ("LLaVA's script also trains the whole projector; here it stays frozen",),
         }
     )
 
