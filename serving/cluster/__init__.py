@@ -1,0 +1,1 @@
+"""LLaVA Sieve on Ray Serve."""
