@@ -1,7 +1,6 @@
 """The lock, the installer, the torchvision hook and the CI script."""
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
@@ -15,20 +14,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.setup_files import load
+
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / "setup"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 LEFT_OUT = {"torchaudio", "torchcodec", "triton"}
 BY_INSTALLER = {"torch", "torchvision"}
-
-
-def load(name):
-    """Import a file of setup/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
