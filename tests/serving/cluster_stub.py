@@ -1,6 +1,7 @@
 """The shape of the real application without models: an ingress and engines that only wait."""
 
 import asyncio
+import time
 
 import ray
 from ray import serve
@@ -8,6 +9,7 @@ from ray import serve
 
 class Engine:
     def __init__(self, model):
+        time.sleep(5)  # as if it loaded weights
         self.model = model
 
     async def answer(self, seconds):
