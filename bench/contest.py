@@ -14,7 +14,9 @@ import numpy as np
 
 from bench.outcome import BenchError
 from bench.processes import Server, free_port
-from serving.adapters import RANKS, find_adapters, read_base
+from serving.adapters import lora_room
+from serving.protocol import Adapter
+from serving.server import catalogue_of, open_registry
 from serving.settings import Settings
 from serving.structures import STRUCTURES
 
@@ -90,18 +92,19 @@ def _environment(settings: Settings, num_threads: int) -> dict[str, str]:
 
 def _lora_arguments(settings: Settings) -> list[str]:
     """The same adapters, rank and slots as `serving.engine` asks for."""
-    if settings.adapters_folder is None:
+    adapters = asyncio.run(_served_adapters(settings))
+    room = lora_room(settings, adapters)
+    if room is None or not adapters:
         return []
-    found = find_adapters(settings.adapters_folder, read_base(settings.model))
-    adapters = [installed.adapter for installed in found.values()]
-    if not adapters:
-        return []
-    rank = next(rank for rank in RANKS if rank >= max(a.rank for a in adapters))
-    slots, cached = min(len(adapters), 8), max(len(adapters), 8)
-    limits = ["--max-lora-rank", str(rank), "--max-loras", str(slots)]
-    limits += ["--max-cpu-loras", str(cached)]
+    limits = ["--max-lora-rank", str(room.max_rank), "--max-loras", str(room.max_loras)]
+    limits += ["--max-cpu-loras", str(room.max_cpu_loras)]
     modules = [f"{adapter.name}={Path(adapter.path).resolve()}" for adapter in adapters]
     return ["--enable-lora", *limits, "--lora-modules", *modules]
+
+
+async def _served_adapters(settings: Settings) -> list[Adapter]:
+    registry = await open_registry(settings, catalogue_of(settings))
+    return [installed.adapter for installed in registry.snapshot().served.values()]
 
 
 class Contest:

@@ -95,7 +95,7 @@ def start_engine(folder: str, options: argparse.Namespace) -> Any:
     engine.prepare_environment(settings)
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    arguments = engine.engine_args(settings, ())
+    arguments = engine.engine_args(settings, None)
     arguments.load_format = "dummy"
     return AsyncLLM.from_engine_args(arguments)
 

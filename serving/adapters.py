@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from serving.manifest import (
     load_manifest,
     read_image_mode,
 )
-from serving.protocol import Adapter
+from serving.protocol import Adapter, LoraRoom
+from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -84,37 +85,33 @@ def read_base(model: str) -> BaseModel:
     )
 
 
-def find_adapters(folder: Path, base: BaseModel) -> dict[str, InstalledAdapter]:
-    """All adapters of a folder, one a subfolder with an `adapter_config.json`.
-
-    Raises:
-        AdapterError: the folder is missing, or adapters in it cannot be served; names them all.
-    """
-    if not folder.is_dir():
-        raise AdapterError(f"adapters folder {folder} does not exist", param="adapters")
-    found, refused = {}, []
-    for path in sorted(item.parent for item in folder.glob("*/adapter_config.json")):
-        try:
-            found[path.name] = check_adapter(path, base)
-        except AdapterError as error:
-            refused.append(error.message)
-    if refused:
-        raise AdapterError("; ".join(refused), param="adapters")
-    return found
+def lora_room(settings: Settings, adapters: Sequence[Adapter]) -> LoraRoom | None:
+    """Room for adapters, by the settings or as these need; None where there will be none."""
+    if not adapters and settings.adapters_folder is None:
+        return None
+    needed = settings.max_lora_rank or max((adapter.rank for adapter in adapters), default=16)
+    max_loras = settings.max_loras or max(2, min(len(adapters), 8))
+    return LoraRoom(
+        max_rank=next(rank for rank in RANKS if rank >= needed),
+        max_loras=max_loras,
+        max_cpu_loras=max(max_loras, settings.max_cpu_loras or max(8, min(len(adapters), 64))),
+        has_projector=settings.projector_lora or any(a.has_projector for a in adapters),
+    )
 
 
-def check_adapter(folder: Path, base: BaseModel) -> InstalledAdapter:
+def check_adapter(folder: Path, base: BaseModel, name: str | None = None) -> InstalledAdapter:
     """Everything that can be known about an adapter before it is loaded.
 
-    One without a manifest is served with the server's defaults, and the log says so.
+    One without a manifest is served with the server's defaults, and the log says so. Its name is
+    that of its folder unless one is given.
 
     Raises:
         AdapterError: it would fail in the engine, or load and do nothing.
     """
-    name = folder.name
+    name = folder.name if name is None else name
     if not _NAME.fullmatch(name):
         raise AdapterError(f"adapter {name!r}: the name must be letters, digits, '.', '_' and '-'")
-    config = _read_config(folder)
+    config = _read_config(folder, name)
     _check_config(name, config)
     manifest = load_manifest(folder)
     if manifest is None:
@@ -151,15 +148,15 @@ def _check_base(name: str, manifest: Manifest, base: BaseModel) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"adapter {folder.name!r}: adapter_config.json cannot be read: {type(error).__name__}"
+            f"adapter {name!r}: adapter_config.json cannot be read: {type(error).__name__}"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("r"), int):
-        raise AdapterError(f"adapter {folder.name!r}: adapter_config.json has no LoRA rank 'r'")
+        raise AdapterError(f"adapter {name!r}: adapter_config.json has no LoRA rank 'r'")
     return config
 
 

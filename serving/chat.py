@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from serving.catalogue import Choices, Resolved
 from serving.constraint import pattern_of
 from serving.errors import BadRequestError
-from serving.labeler import Choices, Labeler
+from serving.labeler import Labeler
 from serving.prompts import as_plain_text
 from serving.protocol import ChatCall
 from serving.schema import ChatRequest, ImagePart, Message
@@ -43,7 +44,8 @@ def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler
         request_id=uuid.uuid4().hex,
         body=body,
         retention=settings.retention,
-        pattern=_pattern(request, labeler),
+        adapter=settings.adapter,
+        pattern=_pattern(request, settings, labeler),
     )
 
 
@@ -59,10 +61,10 @@ def _message(message: Message, images: Iterator[Image.Image], tokenizer: Any) ->
     return {"role": message.role, "content": parts}
 
 
-def _pattern(request: ChatRequest, labeler: Labeler) -> str | None:
+def _pattern(request: ChatRequest, settings: Resolved, labeler: Labeler) -> str | None:
     """The constraint of a label structure or of a client's choices, in canonical ids."""
     if request.label_structure is not None:
-        return labeler.constraints[request.label_structure].pattern
+        return labeler.constraint_of(settings.structure).pattern
     if request.structured_outputs is None:
         return None
     choices = request.structured_outputs.choice

@@ -6,22 +6,27 @@ own requests are built here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from serving.adapters import RANKS
+from serving.adapters import lora_room
 from serving.errors import (
+    AdapterError,
     BadRequestError,
     ConfigError,
     EngineDeadError,
     OverloadedError,
     SieveError,
 )
-from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation
+from serving.loaded_adapters import LoadedAdapters
+from serving.metrics import EngineMetrics
+from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation, LoraRoom
 from serving.settings import Settings
 
 
@@ -48,13 +53,31 @@ def prepare_environment(settings: Settings) -> None:
 class VllmEngine:
     """An `Engine` on vLLM in this process; start it with `start`."""
 
-    def __init__(self, llm: Any, chat: Any, models: Any, info: EngineInfo) -> None:
+    def __init__(
+        self, llm: Any, chat: Any, models: Any, info: EngineInfo, adapters: LoadedAdapters
+    ) -> None:
         self._llm, self._chat, self._models = llm, chat, models
         self._info = info
+        self.adapters = adapters
+        self._in_flight = 0
+        self._processes = list(llm.engine_core.resources.engine_manager.processes)
 
     @classmethod
-    async def start(cls, settings: Settings, adapters: Sequence[Adapter]) -> VllmEngine:
+    async def start(
+        cls,
+        settings: Settings,
+        adapters: Sequence[Adapter] = (),
+        *,
+        room: LoraRoom | None = None,
+        metrics: EngineMetrics | None = None,
+    ) -> VllmEngine:
         """Loads the checkpoint and its adapters; takes half a minute on a small CPU machine.
+
+        Args:
+            settings: of the engine.
+            adapters: loaded before the first request.
+            room: what later adapters may need; by default what these need.
+            metrics: told how long adapters take to load.
 
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
@@ -67,15 +90,17 @@ class VllmEngine:
         torch.set_num_threads(1)
 
         try:
-            llm = AsyncLLM.from_engine_args(engine_args(settings, adapters))
+            room = room or lora_room(settings, adapters)
+            llm = AsyncLLM.from_engine_args(engine_args(settings, room))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
-            models = await _load_adapters(llm, settings, adapters)
+            models = _served_models(llm, settings)
             chat = _chat_server(llm, models)
-        except ValueError as error:
-            llm.shutdown()
-            raise ConfigError(f"vLLM cannot load an adapter: {error}") from error
+            on_load = metrics.adapter_loaded if metrics else lambda seconds: None
+            loaded = LoadedAdapters(_VllmSlots(llm), room, on_load)
+            for adapter in adapters[: room.max_cpu_loras if room else 0]:
+                await loaded.prepare(adapter)
         except BaseException:
             llm.shutdown()
             raise
@@ -90,7 +115,7 @@ class VllmEngine:
             max_model_len=llm.model_config.max_model_len,
             vocab_size=config.text_config.vocab_size,
         )
-        engine = cls(llm, chat, models, info)
+        engine = cls(llm, chat, models, info, loaded)
         # vLLM keeps a traceback with this frame: what it names would outlive `close`.
         del llm, chat, models
         return engine
@@ -113,13 +138,13 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             detokenize=False,
         )
-        with translated_errors():
+        async with self._serving(request.adapter):
             (engine_input,) = await self._llm.renderer.render_cmpl_async([_prompt(request)])
             outputs = self._llm.generate(
                 engine_input,
                 params,
                 request.request_id,
-                lora_request=self._models.lora_requests.get(request.adapter),
+                lora_request=self._lora_request(request.adapter),
             )
             (output,) = [output async for output in outputs]
         return _read_output(output)
@@ -130,9 +155,15 @@ class VllmEngine:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         body = dict(call.body)
+        if call.adapter is not None:
+            body["model"] = call.adapter.key
         if call.pattern is not None:
             body["structured_outputs"] = {"regex": call.pattern}
-        with translated_errors():
+        held = contextlib.AsyncExitStack()
+        async with held:
+            await held.enter_async_context(self._serving(call.adapter))
+            if call.adapter is not None:
+                self._models.lora_requests[call.adapter.key] = self._lora_request(call.adapter)
             request = ChatCompletionRequest(
                 **body,
                 request_id=call.request_id,
@@ -140,16 +171,42 @@ class VllmEngine:
                 add_special_tokens=self._adds_bos,
             )
             answer = await self._chat.create_chat_completion(request)
-        if isinstance(answer, ErrorResponse):
-            raise _from_response(answer.error)
-        if call.pattern is None:
-            return answer if request.stream else answer.model_dump(mode="json")
-        if request.stream:
-            return without_leading_space(answer)
-        completion = answer.model_dump(mode="json")
-        for choice in completion["choices"]:
-            choice["message"]["content"] = (choice["message"]["content"] or "").lstrip()
+            if isinstance(answer, ErrorResponse):
+                raise _from_response(answer.error)
+            if request.stream:  # the adapter stays in use until the last event
+                events = answer if call.pattern is None else without_leading_space(answer)
+                return _held_stream(events, held.pop_all())
+        completion: dict[str, Any] = answer.model_dump(mode="json")
+        if call.pattern is not None:
+            for choice in completion["choices"]:
+                choice["message"]["content"] = (choice["message"]["content"] or "").lstrip()
         return completion
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, adapter: Adapter | None) -> AsyncIterator[None]:
+        """One request's time in the engine: its adapter stays loaded, vLLM's errors become ours."""
+        self._in_flight += 1
+        try:
+            with translated_errors():
+                async with self.adapters.in_use(adapter):
+                    yield
+        except EngineDeadError as error:
+            error.num_together = self._in_flight
+            error.is_crash = not await asyncio.to_thread(self._was_killed)
+            raise
+        finally:
+            self._in_flight -= 1
+
+    def _was_killed(self) -> bool:
+        """Whether a signal from outside ended the engine core: no request is to blame for that."""
+        for process in self._processes:
+            process.join(timeout=2.0)
+        return any(p.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for p in self._processes)
+
+    def _lora_request(self, adapter: Adapter | None) -> Any:
+        if adapter is None:
+            return None
+        return _lora_request(adapter, self.adapters.path(adapter), self.adapters.number(adapter))
 
     @property
     def _adds_bos(self) -> bool:
@@ -171,8 +228,17 @@ class VllmEngine:
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
+        self.adapters.close()
         self._llm = self._chat = self._models = None
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
+
+
+async def _held_stream(
+    events: AsyncIterator[str], held: contextlib.AsyncExitStack
+) -> AsyncIterator[str]:
+    async with held:
+        async for event in events:
+            yield event
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -191,7 +257,7 @@ async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str
         yield f"data: {json.dumps(chunk)}\n\n"
 
 
-def engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
+def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
     """VLLM's engine arguments of a server."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -214,20 +280,19 @@ def engine_args(settings: Settings, adapters: Sequence[Adapter]) -> Any:
         hf_overrides=settings.sieve.hf_overrides(),
         worker_extension_cls="patches.worker.SieveWorker",
         max_logprobs=MAX_LOGPROBS,
-        **(lora_args(adapters) if adapters else {}),
+        **(lora_args(room) if room else {}),
     )
 
 
-def lora_args(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Room for the adapters: most rank, how many in one batch, how many in memory."""
-    most = max(adapter.rank for adapter in adapters)
+def lora_args(room: LoraRoom) -> dict[str, Any]:
+    """Room for the adapters, in vLLM's words."""
     return {
         "enable_lora": True,
-        "max_lora_rank": next(rank for rank in RANKS if rank >= most),
-        "max_loras": min(len(adapters), 8),
-        "max_cpu_loras": max(len(adapters), 8),
+        "max_lora_rank": room.max_rank,
+        "max_loras": room.max_loras,
+        "max_cpu_loras": room.max_cpu_loras,
         # An image's encoder output then depends on the adapter: vLLM keys it by adapter as well.
-        "enable_tower_connector_lora": any(adapter.has_projector for adapter in adapters),
+        "enable_tower_connector_lora": room.has_projector,
     }
 
 
@@ -235,17 +300,49 @@ MAX_LOGPROBS = 160
 """More than any label structure branches at one step."""
 
 
-async def _load_adapters(llm: Any, settings: Settings, adapters: Sequence[Adapter]) -> Any:
-    from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
+def _served_models(llm: Any, settings: Settings) -> Any:
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-    models = OpenAIServingModels(
-        llm,
-        [BaseModelPath(name=settings.served_name, model_path=settings.model)],
-        lora_modules=[LoRAModulePath(name=a.name, path=a.path) for a in adapters],
-    )
-    await models.init_static_loras()
-    return models
+    class NamedModels(OpenAIServingModels):
+        """Answers name the adapter as its client does, without the digest of its key."""
+
+        def model_name(self, lora_request: Any = None) -> str:
+            return str(super().model_name(lora_request).split("@", 1)[0])
+
+    return NamedModels(llm, [BaseModelPath(name=settings.served_name, model_path=settings.model)])
+
+
+class _VllmSlots:
+    """VLLM's adapter calls. Each runs between two steps of the engine, which waits for it."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    async def load(self, adapter: Adapter, path: str, number: int) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        try:
+            await self._llm.add_lora(_lora_request(adapter, path, number))
+        except VllmDeadError:
+            raise
+        except Exception as error:  # whatever the worker met: it came back as text
+            raise AdapterError(f"vLLM cannot load adapter {adapter.name!r}: {error}") from error
+
+    async def unload(self, adapter: Adapter, number: int) -> None:
+        await self._llm.remove_lora(number)
+
+    async def pin(self, number: int) -> None:
+        await self._llm.pin_lora(number)
+
+    async def resident(self) -> set[int]:
+        return set(await self._llm.list_loras())
+
+
+def _lora_request(adapter: Adapter, path: str, number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=adapter.key, lora_int_id=number, lora_path=path)
 
 
 def _chat_server(llm: Any, models: Any) -> Any:

@@ -15,6 +15,7 @@ class SieveError(Exception):
     status = 400
     type = "invalid_request_error"
     code: str | None = None
+    retry_after_s = 1
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -55,8 +56,25 @@ class OverloadedError(SieveError):
     code = "overloaded"
 
 
+class DeadlineError(SieveError):
+    """Not answered in the time that the client or the server gives it (503); it was cancelled."""
+
+    status = 503
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
 class EngineDeadError(SieveError):
-    """The engine is gone (503); the request may be tried again elsewhere."""
+    """The engine is gone (503).
+
+    Attributes:
+        is_crash: the engine failed by itself, so a request it worked on may be the cause and must
+            not be sent to another one; otherwise it may.
+        num_together: requests that were in the engine with this one, itself included.
+    """
+
+    is_crash = False
+    num_together = 0
 
     status = 503
     type = "server_error"

@@ -16,9 +16,9 @@ from typing import IO
 
 from tqdm import tqdm
 
+from serving.catalogue import Choices
 from serving.errors import BadRequestError, ConfigError, EngineDeadError, SieveError
 from serving.images import ImageDecoder
-from serving.labeler import Choices
 from serving.posts import Post, Posts, read_posts
 from serving.senders import EngineSender, Fields, HttpSender, Response, Sender
 from serving.settings import Settings
@@ -189,7 +189,8 @@ async def _running_sender(
         async with aclosing(client):
             yield client
         return
-    from serving.server import image_limits, running_labeler
+    from serving.app import image_limits
+    from serving.server import running_labeler
 
     assert settings is not None, "without a server the engine runs here and needs settings"
     decoder = ImageDecoder(image_limits(settings))

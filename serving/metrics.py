@@ -1,6 +1,8 @@
-"""Prometheus metrics of the HTTP side; vLLM adds its own to the same registry."""
+"""Prometheus metrics of the HTTP side and of an engine; vLLM adds its own to the same registry."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from prometheus_client import (
     REGISTRY,
@@ -10,6 +12,9 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+
+from serving.registry import AdapterStatus, State
+from serving.schema import LabelResponse
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -48,12 +53,90 @@ class Metrics:
             ["model", "label_structure", "field", "label"],
             registry=registry,
         )
+        self.rejections = Counter(
+            "sieve_rejections",
+            "Requests that were refused or given up, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.retries = Counter(
+            "sieve_retries",
+            "Requests sent to another engine after theirs was lost, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.pending = Gauge(
+            "sieve_pending_requests", "Requests taken and not yet answered", registry=registry
+        )
+        self.adapters = Gauge(
+            "sieve_adapters", "Adapter versions by state", ["state"], registry=registry
+        )
+        self.adapter_state = Gauge(
+            "sieve_adapter_state",
+            "1 for the state that an adapter version is in",
+            ["model", "version", "state"],
+            registry=registry,
+        )
         self.tower_images = Gauge(
             "sieve_tower_images",
             "Images that went through the vision tower (a cached image does not)",
             registry=registry,
         )
 
+    def reject(self, reason: str) -> None:
+        """Counts a request that was not answered."""
+        self.rejections.labels(reason).inc()
+
+    def labelled(self, answer: LabelResponse) -> None:
+        """Counts an answered post."""
+        self.requests.labels("label", answer.model, "200").inc()
+        self.kept_tokens.inc(answer.retention.kept)
+        self.saved_tokens.inc(answer.retention.patches - answer.retention.kept)
+        for field, label in answer.labels.items():
+            self.labels.labels(answer.model, answer.label_structure, field, label).inc()
+
+    def chatted(self, model: str, kept: int, saved: int) -> None:
+        """Counts an answered chat and its visual tokens."""
+        self.requests.labels("chat", model, "200").inc()
+        self.kept_tokens.inc(kept)
+        self.saved_tokens.inc(saved)
+
+    def set_adapters(self, statuses: Iterable[AdapterStatus]) -> None:
+        """Shows the state of every adapter version."""
+        self.adapter_state.clear()
+        counts = dict.fromkeys(State, 0)
+        for status in statuses:
+            counts[status.state] += 1
+            self.adapter_state.labels(status.name, status.version, status.state).set(1)
+        for state, count in counts.items():
+            self.adapters.labels(state).set(count)
+
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+
+class EngineMetrics:
+    """Counters of one engine.
+
+    Args:
+        registry: by default the process's, where vLLM's are.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.queue_wait = Histogram(
+            "sieve_queue_wait_seconds",
+            "Wait of a labelled post from the HTTP side to its first step in the engine",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.adapter_loads = Histogram(
+            "sieve_adapter_load_seconds",
+            "Time that loading an adapter held the engine up",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def adapter_loaded(self, seconds: float) -> None:
+        """Counts a load."""
+        self.adapter_loads.observe(seconds)

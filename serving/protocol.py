@@ -32,6 +32,55 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One version of a LoRA adapter, as requests carry it and engines load it.
+
+    A request keeps the version it met on arrival, so none is answered by two.
+
+    Attributes:
+        name: its name in the API.
+        path: its folder, or a URL that fsspec reads.
+        rank: LoRA rank.
+        has_projector: whether it has weights for the projector, which vLLM applies only where the
+            engine was started for them.
+        version: what its folder's name says after `@`.
+        digest: of its files; empty where nobody asked.
+    """
+
+    name: str
+    path: str = field(repr=False)
+    rank: int
+    has_projector: bool = False
+    version: str = ""
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name inside engines: other contents have another one.
+
+        VLLM keys its prefix cache by an adapter's name and path, its encoder cache by name alone.
+        """
+        return f"{self.name}@{self.digest[:12]}" if self.digest else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRoom:
+    """What an engine has room for; fixed when it starts.
+
+    Attributes:
+        max_rank: largest LoRA rank.
+        max_loras: distinct adapters in one batch.
+        max_cpu_loras: adapters in memory; vLLM evicts the one not used for longest.
+        has_projector: whether projector weights are applied.
+    """
+
+    max_rank: int
+    max_loras: int
+    max_cpu_loras: int
+    has_projector: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """One constrained, greedy decode.
 
@@ -39,7 +88,7 @@ class Generation:
         request_id: unique; shows in logs.
         prompt_ids: one id an image, not yet expanded.
         images: decoded, RGB.
-        adapter: name of the adapter, or None for the base model.
+        adapter: the adapter, or None for the base model.
         retention: ratio and selector.
         pattern: what may be decoded (see `serving.constraint`).
         max_tokens: decoding steps.
@@ -49,7 +98,7 @@ class Generation:
     request_id: str
     prompt_ids: list[int]
     images: list[Image.Image]
-    adapter: str | None
+    adapter: Adapter | None
     retention: Retention
     pattern: str
     max_tokens: int
@@ -87,31 +136,15 @@ class ChatCall:
         request_id: unique; shows in logs.
         body: fields of OpenAI's API that vLLM understands, images decoded.
         retention: ratio and selector.
+        adapter: the adapter, or None for the base model; `body["model"]` is the client's word.
         pattern: constraint of a label structure or of choices, or None.
     """
 
     request_id: str
     body: Mapping[str, Any]
     retention: Retention
+    adapter: Adapter | None = None
     pattern: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """A LoRA adapter as the engine loads it.
-
-    Attributes:
-        name: its name in the API.
-        path: its folder on the engine's machine.
-        rank: LoRA rank.
-        has_projector: whether it has weights for the projector, which vLLM applies only where the
-            engine was started for them.
-    """
-
-    name: str
-    path: str = field(repr=False)
-    rank: int
-    has_projector: bool = False
 
 
 class Engine(Protocol):

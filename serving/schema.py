@@ -33,6 +33,9 @@ class RetentionFields(Strict):
     )
     selector: str | None = Field(None, description="which patches are kept", examples=["cls"])
     label_structure: str | None = Field(None, examples=["sentiment"])
+    timeout_s: float | None = Field(
+        None, gt=0, description="seconds until the request is given up; at most the server's"
+    )
 
 
 class LabelRequest(RetentionFields):
@@ -50,6 +53,16 @@ class LabelRequest(RetentionFields):
         if self.image is None:
             return []
         return [self.image] if isinstance(self.image, str) else self.image
+
+
+class AdapterRequest(Strict):
+    """Body of `POST /v1/adapters`."""
+
+    name: str = Field(max_length=64, description="its subfolder of the adapters folder")
+    version: str | None = Field(
+        None, max_length=64, description="what follows '@' in the subfolder's name; else the newest"
+    )
+    pinned: bool | None = Field(None, description="never evicted from engines")
 
 
 class Retained(BaseModel):

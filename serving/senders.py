@@ -15,10 +15,11 @@ from typing import Any
 
 import httpx
 
-from serving.app import label_response
+from serving.answers import label_response
+from serving.catalogue import Choices
 from serving.errors import BadRequestError, ConfigError, SieveError
 from serving.images import ImageDecoder
-from serving.labeler import Choices, Labeler
+from serving.labeler import Labeler
 from serving.posts import Post
 from serving.retries import Retries
 from serving.schema import LabelResponse
@@ -61,7 +62,7 @@ class EngineSender(Sender):
     async def fields(self) -> Fields:
         """The fields of the structure that the choices lead to."""
         catalogue = self._labeler.catalogue
-        structure = catalogue.structures[catalogue.resolve(self._choices).structure]
+        structure = catalogue.resolve(self._choices).structure
         return {name: list(labels) for name, labels in structure.fields.items()}
 
     async def __call__(self, post: Post) -> Response:

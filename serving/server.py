@@ -15,15 +15,19 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
+from prometheus_client import REGISTRY, CollectorRegistry
 from transformers import AutoConfig, AutoProcessor
 
 from patches.config import check_checkpoint
-from serving.adapters import InstalledAdapter, find_adapters, read_base
+from serving.adapter_files import AdapterFolder
+from serving.adapters import InstalledAdapter, check_adapter, lora_room, read_base
 from serving.app import build_app
+from serving.catalogue import Catalogue, Choices
 from serving.errors import ConfigError
-from serving.images import ImageLimits
-from serving.labeler import Catalogue, Choices, Labeler
-from serving.metrics import Metrics
+from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
+from serving.labeler import Labeler
+from serving.metrics import EngineMetrics, Metrics
+from serving.registry import Registry, State
 from serving.settings import Settings
 from serving.structures import STRUCTURES, LabelStructure, load_structures
 
@@ -60,19 +64,9 @@ def check_model(model: str) -> None:
         raise ConfigError(f"model={model!r}: {error}", param="model") from error
 
 
-def load_catalogue(settings: Settings) -> Catalogue:
-    """Structures and adapters of the settings, all checked.
-
-    Raises:
-        ConfigError: a structure, manifest or adapter cannot be used; says why.
-    """
-    adapters: dict[str, InstalledAdapter] = {}
-    if settings.adapters_folder is not None:
-        adapters = find_adapters(settings.adapters_folder, read_base(settings.model))
-    return catalogue_of(settings, adapters)
-
-
-def catalogue_of(settings: Settings, adapters: Mapping[str, InstalledAdapter]) -> Catalogue:
+def catalogue_of(
+    settings: Settings, adapters: Mapping[str, InstalledAdapter] | None = None
+) -> Catalogue:
     """Structures of the settings, with these adapters.
 
     Raises:
@@ -90,9 +84,46 @@ def catalogue_of(settings: Settings, adapters: Mapping[str, InstalledAdapter]) -
     )
 
 
+async def open_registry(settings: Settings, catalogue: Catalogue) -> Registry:
+    """The registry of the settings' adapters folder, which was looked through.
+
+    Raises:
+        AdapterError: there is no such folder.
+    """
+    base = read_base(settings.model)
+
+    def check(folder: Path, name: str, others: Mapping[str, InstalledAdapter]) -> InstalledAdapter:
+        installed = check_adapter(folder, base, name)
+        catalogue.check(name, installed.manifest, others)
+        return installed
+
+    url = settings.adapters_folder
+    room = lora_room(settings, [])
+    registry = Registry(
+        await asyncio.to_thread(AdapterFolder, url) if url is not None else None,
+        check,
+        max_pinned=room.max_loras - 1 if room else 0,
+    )
+    await registry.discover()
+    return registry
+
+
+def describe_adapters(registry: Registry) -> str:
+    """A line for the operator: what is served, what is refused and why."""
+    statuses = registry.statuses()
+    served = sorted(registry.snapshot().served)
+    shown = ", ".join(served[:8]) + (f" and {len(served) - 8} more" if len(served) > 8 else "")
+    refused = [f"\n  refused: {s.reason}" for s in statuses if s.state is State.REFUSED]
+    return f"adapters: {shown or 'none'}{''.join(refused)}"
+
+
 @asynccontextmanager
 async def running_labeler(
-    settings: Settings, report: Report = print, catalogue: Catalogue | None = None
+    settings: Settings,
+    report: Report = print,
+    catalogue: Catalogue | None = None,
+    registry: Registry | None = None,
+    metrics: EngineMetrics | None = None,
 ) -> AsyncIterator[Labeler]:
     """A labeler on an engine in this process; the engine ends with the block.
 
@@ -100,22 +131,33 @@ async def running_labeler(
         settings: of engine and models.
         report: gets a line a step.
         catalogue: what may be asked for; by default what the settings say.
+        registry: adapters come and go as it says; by default they stay as they are.
+        metrics: of the engine.
     """
     from serving.engine import VllmEngine
 
     started = time.perf_counter()
     check_model(settings.model)
-    catalogue = catalogue or load_catalogue(settings)
-    report(f"adapters: {', '.join(catalogue.adapters) or 'none'}")
+    catalogue = catalogue or catalogue_of(settings)
+    if registry is None and not catalogue.adapters:
+        registry = await open_registry(settings, catalogue)
+    if registry is not None:
+        catalogue.update(registry.snapshot().served)
+        report(describe_adapters(registry))
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
     adapters = [installed.adapter for installed in catalogue.adapters.values()]
-    engine = await VllmEngine.start(settings, adapters)
+    engine = await VllmEngine.start(settings, adapters, metrics=metrics)
+    following = registry and asyncio.create_task(
+        follow_with_engine(registry.follow, engine.adapters)
+    )
     try:
         labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
         await warm_up(labeler)
         report(f"ready in {time.perf_counter() - started:.0f} s")
         yield labeler
     finally:
+        if following:
+            following.cancel()
         await engine.close()
 
 
@@ -125,32 +167,44 @@ async def warm_up(labeler: Labeler) -> None:
         await labeler.label("", [Image.new("RGB", (8, 8))], Choices(label_structure=name))
 
 
-def image_limits(settings: Settings) -> ImageLimits:
-    """What is admitted, from the settings."""
-    return ImageLimits(
-        max_images=settings.max_images,
-        max_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-    )
+@asynccontextmanager
+async def running_app(
+    settings: Settings, report: Report = print, metrics_registry: CollectorRegistry = REGISTRY
+) -> AsyncIterator[tuple[FastAPI, Labeler]]:
+    """The HTTP app before an engine in this process, its adapters following their registry."""
+    metrics = Metrics(metrics_registry)
+    catalogue = catalogue_of(settings)
+    check_model(settings.model)
+    registry = await open_registry(settings, catalogue)
+    bulletin = Bulletin(catalogue)
+    engine_metrics = EngineMetrics(metrics_registry)
+    async with running_labeler(settings, report, catalogue, registry, engine_metrics) as labeler:
+        engine = labeler.engine
 
+        async def scrape() -> bytes:
+            metrics.tower_images.set(await engine.tower_images())
+            metrics.set_adapters(registry.statuses())
+            return metrics.render()
 
-def app_for(labeler: Labeler, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The HTTP app of a running labeler."""
-    return build_app(
-        labeler,
-        limits=image_limits(settings),
-        max_text_chars=settings.max_text_chars,
-        metrics=metrics,
-    )
+        following = asyncio.create_task(follow_with_bulletin(registry.follow, bulletin))
+        try:
+            yield (
+                build_app(
+                    labeler, settings, metrics, bulletin=bulletin, adapters=registry, scrape=scrape
+                ),
+                labeler,
+            )
+        finally:
+            following.cancel()
 
 
 async def serve(settings: Settings) -> None:
     """Runs until SIGINT or SIGTERM."""
     logging.basicConfig(level=settings.log_level.upper())
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    async with running_labeler(settings, report) as labeler:
+    async with running_app(settings, report) as (app, _):
         config = uvicorn.Config(
-            app_for(labeler, settings, Metrics()),
+            app,
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,

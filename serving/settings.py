@@ -36,10 +36,22 @@ class Settings(BaseSettings):
     model_name: str | None = Field(
         None, description="the base model's name in the API; by default the last part of --model"
     )
-    adapters: Path | None = Field(
+    adapters: str | None = Field(
         None,
-        description="folder with one LoRA adapter a subfolder; the demo's own where the demo "
-        "checkpoint is served",
+        description="folder with one LoRA adapter a subfolder (name or name@version), or a URL of "
+        "one that fsspec reads; the demo's own where the demo checkpoint is served",
+    )
+    max_lora_rank: int | None = Field(
+        None, gt=0, le=512, description="largest rank of adapters; by default what --adapters holds"
+    )
+    max_loras: int | None = Field(
+        None, gt=0, description="adapters in one batch; by default as --adapters holds, 2 to 8"
+    )
+    max_cpu_loras: int | None = Field(
+        None, gt=0, description="adapters in memory; by default as --adapters holds, 8 to 64"
+    )
+    projector_lora: bool = Field(
+        False, description="room for adapters with projector weights that come later"
     )
     structures: Path | None = Field(None, description="YAML file with label structures of yours")
     retention: float = Field(
@@ -70,6 +82,12 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(True, description="reuse the KV of equal prompts")
     enforce_eager: bool | None = Field(
         None, description="no compilation or CUDA graphs; by default on CPU only"
+    )
+    request_timeout_s: float = Field(
+        120.0, gt=0, description="a request not answered by then is cancelled (503)"
+    )
+    max_pending: int = Field(
+        512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="how much is logged"
@@ -103,10 +121,15 @@ class Settings(BaseSettings):
         """Whether the shipped demo checkpoint is served."""
         return Path(self.model).resolve() == (DEMO / "base").resolve()
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @property
-    def adapters_folder(self) -> Path | None:
-        """Where adapters are looked for."""
-        return self.adapters or (DEMO / "adapters" if self.is_demo else None)
+    def adapters_folder(self) -> str | None:
+        """Where adapters are looked for, a path or a URL."""
+        return self.adapters or (str(DEMO / "adapters") if self.is_demo else None)
 
     @property
     def served_name(self) -> str:

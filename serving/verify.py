@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from serving.adapters import InstalledAdapter, check_adapter, read_base
+from serving.catalogue import Choices
 from serving.errors import ConfigError
-from serving.labeler import Choices, Labeler
+from serving.labeler import Labeler
 from serving.probes import Logprobs, Probe, Probes, load_probes, questions
 from serving.settings import Settings
 
@@ -189,7 +190,7 @@ async def verify(
         tolerance: see `TOLERANCE`.
     """
     catalogue = labeler.catalogue
-    structure = catalogue.resolve(Choices(model=name)).structure
+    structure = catalogue.resolve(Choices(model=name)).structure.name
     probes = probes or Probes(structure=structure, probes=tuple(questions(3)))
     models = (catalogue.base, name)
     answers = await asyncio.gather(

@@ -12,8 +12,7 @@ import openai
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from serving.metrics import Metrics
-from serving.server import app_for, running_labeler
+from serving.server import running_app
 from serving.settings import Settings
 
 
@@ -32,11 +31,10 @@ class RunningServer:
         return self
 
     async def _start(self) -> None:
-        self.labeler = await self._stack.enter_async_context(
-            running_labeler(self.settings, report=lambda line: None)
-        )
         # vLLM's own metrics are one set a process; tests/serving/test_command_line.py reads them.
-        app = app_for(self.labeler, self.settings, Metrics(CollectorRegistry()))
+        app, self.labeler = await self._stack.enter_async_context(
+            running_app(self.settings, lambda line: None, CollectorRegistry())
+        )
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self._serving = asyncio.create_task(self._server.serve())
         while not self._server.started:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from patches.config import Retention, SieveConfig
 from serving.engine import VllmEngine
 from serving.labeler import Labeler
-from serving.server import load_catalogue, load_tokenizer
+from serving.server import catalogue_of, load_tokenizer, open_registry
 from serving.settings import Settings
 from tests.running import RunningServer
 
@@ -41,7 +41,9 @@ class StockServer(RunningServer):
         self.settings = StockSettings(max_num_seqs=16, **settings)
 
     async def _start(self):
-        catalogue = load_catalogue(self.settings)
+        catalogue = catalogue_of(self.settings)
+        registry = await open_registry(self.settings, catalogue)
+        catalogue.update(registry.snapshot().served)
         adapters = [item.adapter for item in catalogue.adapters.values()]
         self._engine = await StockEngine.start(self.settings, adapters)
         self.labeler = Labeler(self._engine, catalogue, load_tokenizer(self.settings.model))

@@ -7,15 +7,16 @@ from safetensors.torch import load_file, save_file
 
 import serving.engine
 from patches.config import Retention
-from serving.labeler import Choices
+from serving.catalogue import Choices
 from serving.prompts import encode, render_prompt
-from serving.protocol import Adapter
+from serving.protocol import Adapter, LoraRoom
 from tests.checkpoints import build_adapter
 from tests.pictures import noise
 from tests.running import RunningServer
 from train.reference import Reference
 
 pytestmark = pytest.mark.long
+TOWER = Adapter(name="tower", path="", rank=8)
 TARGETS = (
     r".*(language_model.*\.(q_proj|v_proj)|vision_tower.*layers\.[01]\.self_attn\.(q_proj|k_proj)"
     r"|vision_tower.*layers\.[01]\.mlp\.fc1|multi_modal_projector\.linear_\d)"
@@ -46,23 +47,18 @@ class TowerLoraServer(RunningServer):
 
     async def _start(self):
         await super()._start()
-        await self.labeler.engine._models.load_lora_adapter(_load_request(self._adapter))
-
-
-def _load_request(path):
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-    return LoadLoRAAdapterRequest(lora_name="tower", lora_path=str(path))
+        adapters = self.labeler.engine.adapters
+        await adapters._slots.load(TOWER, str(self._adapter), 1)
+        adapters._numbers[TOWER.key], adapters._adapters[TOWER.key] = 1, TOWER
 
 
 @pytest.fixture(scope="module")
 def server(adapter, published):
     upstream = serving.engine.engine_args
 
-    def with_tower_lora(settings, adapters):
-        args = upstream(settings, [Adapter(name="tower", path=str(adapter[1]), rank=8)])
-        args.enable_tower_connector_lora = True
-        return args
+    def with_tower_lora(settings, room):
+        room = LoraRoom(max_rank=8, max_loras=1, max_cpu_loras=8, has_projector=True)
+        return upstream(settings, room)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving.engine, "engine_args", with_tower_lora)
@@ -102,7 +98,7 @@ def _generation(labeler, prompt, images, ratio, tuned):
         request_id=f"{ratio}-{tuned}",
         prompt_ids=prompt,
         images=images,
-        adapter="tower" if tuned else None,
+        adapter=TOWER if tuned else None,
         retention=Retention(ratio=ratio),
         pattern=constraint.pattern,
         max_tokens=1,

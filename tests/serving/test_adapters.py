@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serving.adapters import check_adapter, find_adapters, read_base
-from serving.engine import lora_args
+from serving.adapters import check_adapter, lora_room, read_base
 from serving.errors import AdapterError, ConfigError
 from serving.manifest import Manifest, RetentionPoint, Trained, fingerprint, read_image_mode
+from serving.settings import Settings
 from tests.checkpoints import build_adapter, write_processor
 
 
@@ -36,7 +36,7 @@ def change_weights(folder, change):
 
 
 def test_good_adapters_are_found_with_rank_and_manifest(published_adapters, base):
-    found = find_adapters(published_adapters, base)
+    found = {name: check_adapter(published_adapters / name, base) for name in ("first", "second")}
     assert {name: item.adapter.rank for name, item in found.items()} == {"first": 8, "second": 16}
     assert found["first"].manifest == Manifest()
 
@@ -114,12 +114,12 @@ def test_adapters_on_the_projector_are_accepted_and_known(
     )
     adapter = check_adapter(folder, base).adapter
     assert adapter.has_projector
-    assert lora_args([adapter])["enable_tower_connector_lora"]
+    assert lora_room(Settings(), [adapter]).has_projector
 
 
 def test_an_adapter_on_the_language_model_alone_needs_no_projector(adapter, base):
     plain = check_adapter(adapter, base).adapter
-    assert not lora_args([plain])["enable_tower_connector_lora"]
+    assert not lora_room(Settings(), [plain]).has_projector
 
 
 def test_projector_weights_of_another_shape_are_refused(projector_adapter, base, tmp_path):
@@ -215,14 +215,3 @@ def test_missing_weights_are_refused(adapter, base):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match="missing"):
         check_adapter(adapter, base)
-
-
-def test_all_bad_adapters_of_a_folder_are_named_at_once(published_adapters, base, tmp_path):
-    for name in ("one", "two", "good"):
-        shutil.copytree(published_adapters / "first", tmp_path / name)
-    for name in ("one", "two"):
-        change_config(tmp_path / name, use_dora=True)
-    with pytest.raises(AdapterError, match="'one'.*'two'"):
-        find_adapters(tmp_path, base)
-    with pytest.raises(AdapterError, match="does not exist"):
-        find_adapters(tmp_path / "no", base)

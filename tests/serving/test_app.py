@@ -8,15 +8,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from serving.app import build_app
-from serving.images import ImageLimits
+from serving.following import Bulletin
 from serving.labeler import Labeler
 from serving.manifest import Manifest
 from serving.metrics import Metrics
+from serving.registry import Registry
+from serving.settings import Settings
 from tests.pictures import data_url, noise
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_labeler import catalogue
 
-LIMITS = ImageLimits(max_images=2, max_bytes=100_000, max_pixels=100_000)
+SETTINGS = Settings(
+    max_images=2, max_image_bytes=100_000, max_image_pixels=100_000, max_text_chars=500
+)
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -25,13 +29,21 @@ def engine():
     return FakeEngine()
 
 
+def make_app(labeler, **settings):
+    return build_app(
+        labeler,
+        SETTINGS.model_copy(update=settings),
+        Metrics(CollectorRegistry()),
+        bulletin=Bulletin(labeler.catalogue),
+        adapters=Registry(None, check=None),
+    )
+
+
 @pytest.fixture
 def client(engine, published_tokenizer):
     adapters = {"tuned": Manifest(label_structure="llavac", retention_ratio=0.2)}
     labeler = Labeler(engine, catalogue(adapters), published_tokenizer)
-    app = build_app(
-        labeler, limits=LIMITS, max_text_chars=500, metrics=Metrics(CollectorRegistry())
-    )
+    app = make_app(labeler)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -61,7 +73,7 @@ async def test_the_manifest_decides_where_the_request_does_not(client, engine):
     answer = (await client.post("/v1/label", json={"model": "tuned", "text": "x"})).json()
     assert answer["label_structure"] == "llavac"
     assert engine.requests[-1].retention.ratio == 0.2
-    assert engine.requests[-1].adapter == "tuned"
+    assert engine.requests[-1].adapter.name == "tuned"
 
 
 BAD_LABELS = [
@@ -239,7 +251,7 @@ async def test_unknown_paths_do_not_grow_the_metrics(client):
 async def test_a_client_that_leaves_cancels_the_work():
     from starlette.requests import Request
 
-    from serving.app import until_disconnect
+    from serving.waiting import Deadline, until_answered
 
     cancelled = asyncio.Event()
 
@@ -254,5 +266,5 @@ async def test_a_client_that_leaves_cancels_the_work():
         return {"type": "http.disconnect"}
 
     with contextlib.suppress(asyncio.CancelledError):
-        await until_disconnect(Request({"type": "http"}, receive), work())
+        await until_answered(Request({"type": "http"}, receive), Deadline(60), work())
     assert await asyncio.wait_for(cancelled.wait(), 1)

@@ -7,8 +7,8 @@ import asyncio
 
 import pytest
 
+from serving.catalogue import Choices
 from serving.images import ImageLimits, decode_image
-from serving.labeler import Choices
 from train.demo.dataset import demo_posts
 
 NUM_POSTS = 400

@@ -9,8 +9,9 @@ import pytest
 from patches.canonical import compile_index
 from patches.config import Retention
 from serving.adapters import InstalledAdapter
+from serving.catalogue import Catalogue, Choices
 from serving.errors import BadRequestError, ConfigError, UnknownModelError
-from serving.labeler import Catalogue, Choices, Labeler
+from serving.labeler import Labeler
 from serving.manifest import Manifest
 from serving.protocol import Adapter
 from serving.structures import STRUCTURES, make_structure
@@ -145,11 +146,14 @@ def test_settings_come_from_request_then_manifest_then_server():
     manifest = Manifest(label_structure="llavac", retention_ratio=0.4, selector="stride")
     shop = catalogue({"tuned": manifest, "bare": Manifest()})
     tuned = shop.resolve(Choices(model="tuned"))
-    assert (tuned.structure, tuned.retention) == ("llavac", Retention(ratio=0.4, selector="stride"))
+    assert (tuned.structure.name, tuned.retention) == (
+        "llavac",
+        Retention(ratio=0.4, selector="stride"),
+    )
     bare = shop.resolve(Choices(model="bare"))
-    assert (bare.structure, bare.retention) == ("sentiment", Retention(ratio=0.8))
+    assert (bare.structure.name, bare.retention) == ("sentiment", Retention(ratio=0.8))
     asked = shop.resolve(Choices(model="tuned", retention_ratio=0.1, label_structure="shared"))
-    assert (asked.structure, asked.retention.ratio) == ("shared", 0.1)
+    assert (asked.structure.name, asked.retention.ratio) == ("shared", 0.1)
     assert asked.retention.selector == "stride"
     assert shop.resolve(Choices()).adapter is None
 
@@ -184,7 +188,7 @@ def test_a_catalogue_that_cannot_work_is_refused_at_start(adapters, settings, me
 def test_an_adapter_may_bring_its_own_structure():
     own = make_structure("own", {"fields": {"x": ["a", "b"]}, "prompt": "{text}"})
     shop = catalogue({"a": Manifest(label_structure=own)})
-    assert shop.resolve(Choices(model="a")).structure == "own"
+    assert shop.resolve(Choices(model="a")).structure.name == "own"
 
 
 def test_a_structure_whose_answers_cannot_be_told_apart_is_refused(published_tokenizer):

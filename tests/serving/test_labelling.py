@@ -18,20 +18,19 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from prometheus_client import CollectorRegistry
 
-from serving.app import build_app
+from serving.catalogue import Choices
 from serving.errors import ConfigError, EngineDeadError, SieveError
 from serving.images import ImageDecoder, ImageLimits
-from serving.labeler import Choices, Labeler
+from serving.labeler import Labeler
 from serving.labelling import LabelOptions, label_posts, run_label
-from serving.metrics import Metrics
 from serving.posts import Post
 from serving.retries import Retries
 from serving.senders import EngineSender, HttpSender
 from serving.structures import SENTIMENTS
 from serving.summary import Quality, Result
 from tests.serving.fake_engine import FakeEngine
+from tests.serving.test_app import make_app
 from tests.serving.test_labeler import catalogue
 
 LIMITS = ImageLimits(max_bytes=1000)
@@ -354,8 +353,7 @@ def png() -> bytes:
 async def test_the_engine_here_answers_as_its_server_does(
     choices: Choices, labeler: Labeler
 ) -> None:
-    metrics = Metrics(CollectorRegistry())
-    app = build_app(labeler, limits=LIMITS, max_text_chars=20, metrics=metrics)
+    app = make_app(labeler, max_text_chars=20)
     over_http = HttpSender("http://app", choices, transport=httpx.ASGITransport(app))
     here = engine_sender(labeler, choices)
     assert await here.fields() == await over_http.fields()

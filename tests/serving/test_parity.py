@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from patches.selection import SELECTORS, image_seed
-from serving.labeler import Choices
+from serving.catalogue import Choices
 from serving.prompts import encode, render_prompt
 from serving.settings import DEMO
 from tests.pictures import noise

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from serving.labeler import Choices
+from serving.catalogue import Choices
 from serving.prompts import encode, render_prompt
 from tests.checkpoints import build_adapter
 from tests.pictures import noise

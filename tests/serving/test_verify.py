@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from patches.config import Retention
-from serving.adapters import find_adapters, read_base
+from serving.adapters import check_adapter, read_base
+from serving.catalogue import Catalogue
 from serving.cli import parse_command
 from serving.errors import AdapterError, ConfigError
-from serving.labeler import Catalogue, Labeler
+from serving.labeler import Labeler
 from serving.probes import Answers, Picture, Probe, Probes, load_probes, questions
 from serving.settings import DEMO
 from serving.structures import STRUCTURES
@@ -40,7 +41,10 @@ def labeler(demo_tokenizer):
 def make_labeler(tokenizer, **engine):
     catalogue = Catalogue(
         base="base",
-        adapters=find_adapters(DEMO / "adapters", read_base(str(DEMO / "base"))),
+        adapters={
+            folder.name: check_adapter(folder, read_base(str(DEMO / "base")))
+            for folder in (DEMO / "adapters").iterdir()
+        },
         structures=STRUCTURES,
         structure="sentiment",
         retention=Retention(),

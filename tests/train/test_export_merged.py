@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from serving.catalogue import Choices
 from serving.errors import ConfigError
-from serving.labeler import Choices
 from serving.probes import questions
 from serving.settings import DEMO
 from serving.structures import STRUCTURES

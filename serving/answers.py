@@ -1,0 +1,101 @@
+"""What clients read: an answer's body, and the models and adapters there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from serving.catalogue import Catalogue, Choices
+from serving.labeler import LabelResult
+from serving.protocol import Adapter
+from serving.registry import AdapterStatus, State
+from serving.schema import LabelResponse, Retained, Usage
+
+
+def label_response(
+    request_id: str, result: LabelResult, num_patches: int, image_ms: float
+) -> LabelResponse:
+    """The answer's body."""
+    settings, generated = result.settings, result.generated
+    num_tokens = len(generated.token_ids)
+    timing = {
+        "image": image_ms,
+        "queue": generated.queue_ms,
+        "prefill": generated.prefill_ms,
+        "decode": generated.decode_ms,
+        "total": image_ms + result.total_ms,
+    }
+    return LabelResponse(
+        id=request_id,
+        model=settings.model,
+        label_structure=settings.structure.name,
+        labels=result.scores.labels,
+        probabilities=result.scores.probabilities,
+        retention=Retained(
+            ratio=settings.retention.ratio,
+            selector=settings.retention.selector,
+            kept=settings.retention.num_kept(num_patches) * result.num_images,
+            patches=num_patches * result.num_images,
+        ),
+        usage=Usage(
+            prompt_tokens=generated.num_prompt_tokens,
+            completion_tokens=num_tokens,
+            total_tokens=generated.num_prompt_tokens + num_tokens,
+            prompt_tokens_details={"cached_tokens": generated.num_cached_tokens},
+        ),
+        timing_ms={name: round(value, 3) for name, value in timing.items()},
+    )
+
+
+def model_cards(
+    catalogue: Catalogue, statuses: Sequence[AdapterStatus] = ()
+) -> list[dict[str, Any]]:
+    """OpenAI's model objects, with structures, quality and an adapter's state; no paths."""
+    served = {s.name: s for s in statuses if s.state in (State.LOADED, State.VERIFIED)}
+    cards = []
+    for name in [catalogue.base, *sorted(catalogue.adapters)]:
+        settings = catalogue.resolve(Choices(model=name))
+        installed = catalogue.adapters.get(name)
+        structure = settings.structure
+        cards.append(
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "llava-sieve",
+                "parent": catalogue.base if installed else None,
+                "label_structure": structure.name,
+                "fields": {field: list(labels) for field, labels in structure.fields.items()},
+                "prompt": structure.prompt,
+                "answer": structure.answer,
+                "retention_ratio": settings.retention.ratio,
+                "selector": settings.retention.selector,
+                "quality": installed.manifest.quality if installed else {},
+                **(installed.manifest.provenance() if installed else {}),
+                **(_life(served.get(name), installed.adapter) if installed else {}),
+            }
+        )
+    return cards
+
+
+def _life(status: AdapterStatus | None, adapter: Adapter) -> dict[str, Any]:
+    return {
+        "version": adapter.version,
+        "digest": adapter.digest,
+        "state": status.state if status else None,
+        "pinned": status.is_pinned if status else False,
+        "engines": status.num_holders if status else None,
+    }
+
+
+def status_card(status: AdapterStatus) -> dict[str, Any]:
+    """One adapter version: where it is in its life, and why it is refused where it is."""
+    return {
+        "id": status.name,
+        "object": "adapter",
+        "version": status.version,
+        "state": status.state,
+        "reason": status.reason,
+        "pinned": status.is_pinned,
+        "engines": status.num_holders,
+    }

@@ -1,0 +1,100 @@
+"""Pure ASGI around the app: Starlette's `BaseHTTPMiddleware` would hide the client's disconnect."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from contextvars import ContextVar
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import TooLargeError
+
+logger = logging.getLogger("sieve.access")
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request that is being served: the client's `X-Request-Id`, or one of ours."""
+
+_CLIENTS_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestIds:
+    """Gives every request an id, answers with it, and logs a JSON line with it at the end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request under its id."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = dict(scope["headers"]).get(b"x-request-id", b"")
+        own = asked.decode() if _CLIENTS_ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id.set(own)
+        started, status = time.perf_counter(), 499  # the client left
+
+        async def marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = own
+            await send(message)
+
+        try:
+            await self._app(scope, receive, marked)
+        finally:
+            if logger.isEnabledFor(logging.INFO):
+                line = {
+                    "request_id": own,
+                    "method": scope["method"],
+                    "path": scope["path"][:80],
+                    "status": status,
+                    "ms": round(1e3 * (time.perf_counter() - started), 1),
+                }
+                logger.info(json.dumps(line))
+
+
+class BodyLimit:
+    """Refuses bodies over a limit, by header at once, by count while they come in."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on with a counted body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = TooLargeError(
+            f"the body is larger than {self._max_bytes} bytes; send fewer or smaller images"
+        )
+        refusal = JSONResponse(error.body(), status_code=error.status)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await refusal(scope, receive, send)
+            return
+        received, is_refused = 0, False
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise error
+            return message
+
+        async def refusing(message: Message) -> None:
+            """FastAPI calls a failed body a 400 of its own; the client gets ours instead."""
+            nonlocal is_refused
+            if received <= self._max_bytes:
+                await send(message)
+            elif not is_refused:
+                is_refused = True
+                await refusal(scope, receive, send)
+
+        await self._app(scope, counted, refusing)
