@@ -1,4 +1,4 @@
-# Set on the command line: PYTHON, GPU=1, VENV, PORT, ARGS.
+# Set on the command line: PYTHON, GPU=1, VENV, PORT, RAY=1, REPLICAS, ARGS.
 PYTHON ?= python3
 VENV ?= $(if $(GPU),.venv-gpu,.venv)
 RUN := $(VENV)/bin/python
@@ -16,8 +16,8 @@ help: ## show this
 install: ## create the environment, or return at once if it is up to date
 	@$(PYTHON) setup/install.py $(if $(GPU),--gpu) --venv "$(VENV)"
 
-serve: install ## start the server in the foreground
-	@exec $(RUN) -m serving $(if $(PORT),--port $(PORT)) $(ARGS)
+serve: install ## start the server in the foreground; RAY=1 on Ray
+	@exec $(RUN) -m serving $(if $(RAY),--ray --replicas $(or $(REPLICAS),1-3)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 demo: install ## train a tiny LLaVA and its adapters from nothing
 	@exec $(RUN) -m train demo $(ARGS)

@@ -46,6 +46,7 @@ def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler
         retention=settings.retention,
         adapter=settings.adapter,
         pattern=_pattern(request, settings, labeler),
+        num_images=len(images),
     )
 
 

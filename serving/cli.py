@@ -7,6 +7,7 @@ import os
 import typing
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -15,6 +16,7 @@ from serving.errors import ConfigError
 from serving.settings import ENV_PREFIX, Settings
 
 Command = Callable[[], Coroutine[None, None, int]]
+S = TypeVar("S", bound=Settings)
 
 _SERVE_EPILOG = """\
 Every flag is also an environment variable (SIEVE_MAX_NUM_SEQS=8) and a key of a YAML file
@@ -24,6 +26,7 @@ examples:
   python -m serving                                  serve the demo checkpoint and its adapters
   python -m serving --retention 0.4                  keep 40 % of the visual tokens by default
   python -m serving --model llava-hf/llava-1.5-7b-hf --adapters my_adapters
+  python -m serving --ray --replicas 1-3             engines on Ray that follow the load
   python -m serving label --help                     label a folder of posts
   python -m serving verify --help                    check that an adapter is served as trained
 """
@@ -63,13 +66,36 @@ def parse_command(argv: list[str]) -> Command:
         epilog=_SERVE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if "--ray" in argv:
+        return _ray_command(parser, argv)
+    parser.add_argument("--ray", action="store_true", help="serve on Ray; see --ray --help")
     _add_settings(parser, Settings.model_fields)
-    settings = read_settings(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    given.pop("ray")
+    settings = read_settings(given)
 
     async def command() -> int:
         from serving.server import serve
 
         await serve(settings)
+        return 0
+
+    return command
+
+
+def _ray_command(parser: argparse.ArgumentParser, argv: list[str]) -> Command:
+    from serving.cluster.settings import RayAppSettings
+
+    parser.add_argument("--ray", action="store_true", help="serve on Ray")
+    _add_settings(parser, RayAppSettings.model_fields)
+    given = vars(parser.parse_args(argv))
+    given.pop("ray")
+    settings = settings_of(RayAppSettings, given)
+
+    async def command() -> int:
+        from serving.cluster.home import serve_on_ray
+
+        await serve_on_ray(settings)
         return 0
 
     return command
@@ -171,6 +197,11 @@ VERIFY_FIELDS = (
 
 
 def read_settings(given: dict[str, object]) -> Settings:
+    """A server's settings, see `settings_of`."""
+    return settings_of(Settings, given)
+
+
+def settings_of(kind: type[S], given: dict[str, object]) -> S:
     """Settings from flags (None where not given), environment and YAML file.
 
     Raises:
@@ -183,7 +214,7 @@ def read_settings(given: dict[str, object]) -> Settings:
         os.environ[f"{ENV_PREFIX}CONFIG"] = str(config)
     flags = {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings(**flags)  # type: ignore[arg-type]
+        return kind(**flags)  # type: ignore[arg-type]
     except ValidationError as error:
         reasons = [
             f"{'.'.join(map(str, item['loc']))}={item.get('input')!r}: {item['msg']}"

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from serving.adapters import lora_room
@@ -24,6 +25,7 @@ from serving.errors import (
     OverloadedError,
     SieveError,
 )
+from serving.facts import engine_info
 from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
 from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation, LoraRoom
@@ -107,14 +109,7 @@ class VllmEngine:
         if llm.renderer.mm_processor is None:
             llm.shutdown()
             raise ConfigError(f"vLLM took {settings.model!r} for a text-only model; start again")
-        config = llm.model_config.hf_config
-        vision = config.vision_config
-        info = EngineInfo(
-            model=settings.served_name,
-            num_patches=(vision.image_size // vision.patch_size) ** 2,
-            max_model_len=llm.model_config.max_model_len,
-            vocab_size=config.text_config.vocab_size,
-        )
+        info = replace(engine_info(settings), max_model_len=llm.model_config.max_model_len)
         engine = cls(llm, chat, models, info, loaded)
         # vLLM keeps a traceback with this frame: what it names would outlive `close`.
         del llm, chat, models
@@ -230,6 +225,7 @@ class VllmEngine:
         self._llm.shutdown()
         self.adapters.close()
         self._llm = self._chat = self._models = None
+        del self.adapters  # it holds the engine as well
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
 
 

@@ -140,3 +140,32 @@ class EngineMetrics:
     def adapter_loaded(self, seconds: float) -> None:
         """Counts a load."""
         self.adapter_loads.observe(seconds)
+
+
+class ClusterMetrics:
+    """What Ray's autoscaler sees and does.
+
+    Args:
+        registry: one of its own for each scrape.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.replicas = Gauge(
+            "sieve_replicas", "Engine replicas, running and wanted", ["state"], registry=registry
+        )
+        self.decisions = Counter(
+            "sieve_autoscaling_decisions",
+            "Changes of the number of replicas, done or held back, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.visual_tokens = Gauge(
+            "sieve_autoscaling_visual_tokens",
+            "Kept visual tokens in flight, as the autoscaler saw them last",
+            registry=registry,
+        )
+        self.queue_wait = Gauge(
+            "sieve_autoscaling_queue_wait_seconds",
+            "Longest recent wait for an engine, as the autoscaler saw it last",
+            registry=registry,
+        )

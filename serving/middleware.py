@@ -56,7 +56,7 @@ class RequestIds:
                     "status": status,
                     "ms": round(1e3 * (time.perf_counter() - started), 1),
                 }
-                logger.info(json.dumps(line))
+                logger.info(json.dumps(line), extra={"fields": line})
 
 
 class BodyLimit:

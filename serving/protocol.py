@@ -138,6 +138,7 @@ class ChatCall:
         retention: ratio and selector.
         adapter: the adapter, or None for the base model; `body["model"]` is the client's word.
         pattern: constraint of a label structure or of choices, or None.
+        num_images: images in `body`.
     """
 
     request_id: str
@@ -145,6 +146,7 @@ class ChatCall:
     retention: Retention
     adapter: Adapter | None = None
     pattern: str | None = None
+    num_images: int = 0
 
 
 class Engine(Protocol):

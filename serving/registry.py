@@ -91,14 +91,14 @@ class Report:
 
     Attributes:
         member: its name, unique among followers.
-        kind: engines load adapters, HTTP sides send requests for them.
+        kind: engines load adapters, HTTP sides send requests for them; who starts just looks.
         seen: number of the last snapshot it acted on; -1 at first.
         prepared: an engine's answers by key: None where it loaded, else why not.
         held: keys an engine has in memory.
     """
 
     member: str
-    kind: Literal["engine", "http"]
+    kind: Literal["engine", "http", "start"]
     seen: int = -1
     prepared: Mapping[str, str | None] = field(default_factory=dict)
     held: frozenset[str] = frozenset()

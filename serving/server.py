@@ -26,6 +26,7 @@ from serving.catalogue import Catalogue, Choices
 from serving.errors import ConfigError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
 from serving.labeler import Labeler
+from serving.logs import configure_logs
 from serving.metrics import EngineMetrics, Metrics
 from serving.registry import Registry, State
 from serving.settings import Settings
@@ -158,6 +159,7 @@ async def running_labeler(
     finally:
         if following:
             following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await engine.close()
 
 
@@ -201,6 +203,7 @@ async def running_app(
 async def serve(settings: Settings) -> None:
     """Runs until SIGINT or SIGTERM."""
     logging.basicConfig(level=settings.log_level.upper())
+    configure_logs(settings)
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     async with running_app(settings, report) as (app, _):
         config = uvicorn.Config(

@@ -90,7 +90,10 @@ class Settings(BaseSettings):
         512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "warning", description="how much is logged"
+        "warning", description="how much is logged; info has a line a request"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json has an object a line, with the request's id"
     )
 
     @field_validator("selector")

@@ -1,0 +1,218 @@
+"""One engine as a Ray Serve replica.
+
+It ends as soon as its engine does: Serve starts another, and nothing is sent to a dead one that
+would answer, and so be chosen, faster than the living.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from patches.config import Retention
+from serving.cluster.settings import RayAppSettings
+from serving.errors import EngineDeadError, SieveError
+from serving.following import follow_with_engine
+from serving.labeler import Labeler
+from serving.metrics import EngineMetrics
+from serving.protocol import ChatCall, EngineInfo, Generated, Generation
+from serving.registry import Report, Snapshot
+from serving.server import catalogue_of, load_tokenizer, warm_up
+
+logger = logging.getLogger("sieve.engine")
+
+PUSH_S = 1.0
+WAIT_WINDOW_S = 5.0
+_LAST_WORDS_S = 0.5
+
+
+class EngineReplica:
+    """An engine and what Serve asks of it.
+
+    Errors of a request come back as values: Ray wraps those that are raised.
+
+    Args:
+        settings: of the application.
+        coordinator: handle of `serving.cluster.coordinator.Coordinator`.
+        engine_class: `module:Class` of an engine with `VllmEngine.start`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, settings: RayAppSettings, coordinator: DeploymentHandle, engine_class: str
+    ) -> None:
+        self._coordinator = coordinator
+        self._work = Work()
+        self._metrics = EngineMetrics()
+        self._name = serve.get_replica_context().replica_id.unique_id
+        room = await coordinator.room.remote()
+        snapshot = await self._follow(Report(member=f"start-{self._name}", kind="start"))
+        adapters = [installed.adapter for installed in snapshot.served.values()]
+        module, _, name = engine_class.partition(":")
+        engine_type = getattr(import_module(module), name)
+        self._engine = await engine_type.start(settings, adapters, room=room, metrics=self._metrics)
+        catalogue = catalogue_of(settings)
+        await warm_up(Labeler(self._engine, catalogue, load_tokenizer(settings.model)))
+        self._resident: frozenset[str] = frozenset()
+        self._tasks = [
+            asyncio.create_task(follow_with_engine(self._follow, self._engine.adapters)),
+            asyncio.create_task(self._push()),
+            asyncio.create_task(self._watch()),
+        ]
+
+    async def _follow(self, report: Report) -> Snapshot:
+        self._resident = report.held
+        snapshot: Snapshot = await self._coordinator.follow.remote(report)
+        return snapshot
+
+    async def info(self) -> EngineInfo:
+        """Facts of the checkpoint."""
+        info: EngineInfo = self._engine.info
+        return info
+
+    async def generate(self, request: Generation, sent_at: float) -> Generated | SieveError:
+        """Decodes one answer.
+
+        Args:
+            request: what to decode.
+            sent_at: when it left the ingress, in seconds since the epoch.
+        """
+        with self._work.of(request.retention, len(request.images), sent_at, self._engine) as wait:
+            try:
+                generated: Generated = await self._engine.generate(request)
+            except SieveError as error:
+                return self._failed(request.request_id, error)
+            seconds = wait() + generated.queue_ms / 1e3
+            self._work.waited(seconds)
+            self._metrics.queue_wait.observe(seconds)
+            return generated
+
+    async def chat(self, call: ChatCall, sent_at: float) -> dict[str, Any] | SieveError:
+        """Answers a chat in one piece."""
+        with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
+            self._work.waited(wait())
+            try:
+                answer: dict[str, Any] = await self._engine.chat(call)
+            except SieveError as error:
+                return self._failed(call.request_id, error)
+            return answer
+
+    async def chat_stream(self, call: ChatCall, sent_at: float) -> AsyncIterator[str | SieveError]:
+        """Answers a chat in server-sent events; the first item says whether it works at all."""
+        with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
+            self._work.waited(wait())
+            try:
+                events: AsyncIterator[str] = await self._engine.chat(call)
+                yield ""
+                async for event in events:
+                    yield event
+            except SieveError as error:
+                yield self._failed(call.request_id, error)
+
+    def _failed(self, request_id: str, error: SieveError) -> SieveError:
+        logger.info("request %s: %s", request_id, error.message)
+        if isinstance(error, EngineDeadError):
+            self._end()
+        return error
+
+    def _end(self) -> None:
+        """Ends this process once its callers have been told."""
+        logger.error("the engine of replica %s stopped; the replica ends", self._name)
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            try:
+                await self._engine.check_health()
+            except EngineDeadError:
+                self._end()
+                return
+
+    async def _push(self) -> None:
+        """Sends this process's metrics to where one scrape finds them all."""
+        from prometheus_client import generate_latest
+
+        while True:
+            await asyncio.sleep(PUSH_S)
+            text = await asyncio.to_thread(generate_latest)
+            try:
+                await self._coordinator.push.remote("Engine", self._name, text)
+                images = await self._engine.tower_images()
+                await self._coordinator.push_tower_images.remote(self._name, images)
+            except Exception as error:  # the coordinator restarts: the next push will do
+                logger.debug("metrics not sent: %r", error)
+
+    async def check_health(self) -> None:
+        """Serve restarts a replica for which this raises."""
+        await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy reads."""
+        return self._work.stats()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What the router reads."""
+        return {"adapters": sorted(self._resident)}
+
+    async def pids(self) -> dict[str, int]:
+        """Processes of this replica, for fault drills."""
+        (engine,) = [process.pid for process in self._engine._processes][:1] or [0]
+        return {"replica": os.getpid(), "engine": engine}
+
+    async def __del__(self) -> None:
+        """Serve ends a replica after its last request."""
+        for task in getattr(self, "_tasks", []):
+            task.cancel()
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            await engine.close()
+
+
+class Work:
+    """What an engine has accepted and not yet answered, and how long requests waited for it."""
+
+    def __init__(self) -> None:
+        self._tokens, self._requests = 0.0, 0
+        self._starts: dict[int, float] = {}
+        self._waits: deque[tuple[float, float]] = deque()
+
+    @contextmanager
+    def of(
+        self, retention: Retention, num_images: int, sent_at: float, engine: Any
+    ) -> Iterator[Any]:
+        """One request's time here; yields what says how long its way took, in seconds."""
+        tokens = retention.num_kept(engine.info.num_patches) * num_images
+        self._tokens += tokens
+        self._requests += 1
+        # Clocks of two machines: a wait is never negative.
+        way_s = max(0.0, time.time() - sent_at)
+        try:
+            yield lambda: way_s
+        finally:
+            self._tokens -= tokens
+            self._requests -= 1
+
+    def waited(self, seconds: float) -> None:
+        """Notes how long a request waited until the engine took it up."""
+        self._waits.append((time.monotonic(), max(seconds, 1e-3)))
+
+    def stats(self) -> dict[str, float]:
+        """Load now, and the longest wait of the last seconds."""
+        oldest = time.monotonic() - WAIT_WINDOW_S
+        while self._waits and self._waits[0][0] < oldest:
+            self._waits.popleft()
+        return {
+            "visual_tokens": float(self._tokens),
+            "requests": float(self._requests),
+            "queue_wait_s": max((seconds for _, seconds in self._waits), default=0.0),
+        }
