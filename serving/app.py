@@ -62,8 +62,19 @@ def build_app(
     bulletin: Bulletin,
     adapters: Adapters,
     scrape: Scrape | None = None,
+    is_behind_proxy: bool = False,
 ) -> FastAPI:
-    """The server's HTTP surface over a labeler and its engine."""
+    """The server's HTTP surface over a labeler and its engine.
+
+    Args:
+        labeler: answers requests.
+        settings: of the server.
+        metrics: of this HTTP side.
+        bulletin: what is known of the adapters.
+        adapters: changes them.
+        scrape: renders all metrics; by default this side's.
+        is_behind_proxy: whether Ray Serve's proxy gives answers their request id.
+    """
     app = FastAPI(title="LLaVA Sieve", docs_url=None, redoc_url=None)
     limits = image_limits(settings)
     text_bytes = 4 * settings.max_text_chars
@@ -71,7 +82,7 @@ def build_app(
         BodyLimit,
         max_bytes=limits.max_images * (limits.max_bytes * 4 // 3 + 1024) + text_bytes + 65_536,
     )
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIds, are_answered=is_behind_proxy)
     add_error_handlers(app, metrics)
     _add_answers(app, labeler, settings, metrics)
     _add_adapters(app, bulletin, adapters)

@@ -23,10 +23,15 @@ _CLIENTS_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestIds:
-    """Gives every request an id, answers with it, and logs a JSON line with it at the end."""
+    """Gives every request an id, answers with it, and logs a line with it at the end.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        app: what is served.
+        are_answered: whether answers carry the id already; Ray Serve's proxy does that.
+    """
+
+    def __init__(self, app: ASGIApp, *, are_answered: bool = False) -> None:
+        self._app, self._are_answered = app, are_answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request under its id."""
@@ -42,7 +47,8 @@ class RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = own
+                if not self._are_answered:
+                    MutableHeaders(scope=message)["X-Request-Id"] = own
             await send(message)
 
         try:

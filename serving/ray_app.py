@@ -15,6 +15,7 @@ from ray.serve.config import (
     AutoscalingPolicy,
     RequestRouterConfig,
 )
+from ray.serve.schema import LoggingConfig
 
 from serving.cluster.coordinator import Coordinator
 from serving.cluster.ingress import Ingress
@@ -44,6 +45,7 @@ def build(settings: RayAppSettings, engine_class: str = ENGINE_CLASS) -> Applica
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=1,
+        logging_config=_logging(settings),
     ).bind(settings)
     engines = serve.deployment(
         EngineReplica,
@@ -59,6 +61,7 @@ def build(settings: RayAppSettings, engine_class: str = ENGINE_CLASS) -> Applica
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         graceful_shutdown_wait_loop_s=1,
         max_surge_percent=_SURGE_PERCENT,
+        logging_config=_logging(settings),
         request_router_config=RequestRouterConfig(
             request_router_class=AdapterRouter,
             request_routing_stats_period_s=STATS_PERIOD_S,
@@ -75,6 +78,7 @@ def build(settings: RayAppSettings, engine_class: str = ENGINE_CLASS) -> Applica
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         graceful_shutdown_wait_loop_s=1,
         max_surge_percent=_SURGE_PERCENT,
+        logging_config=_logging(settings),
     )
     return ingress.bind(settings, engines, coordinator)
 
@@ -105,3 +109,12 @@ def _size(settings: RayAppSettings) -> dict[str, Any]:
         policy=policy,
     )
     return {"autoscaling_config": config}
+
+
+def _logging(settings: RayAppSettings) -> LoggingConfig:
+    """Serve's own log; its line a call would drown ours."""
+    level = {"warning": "WARNING", "info": "WARNING"}.get(
+        settings.log_level, settings.log_level.upper()
+    )
+    encoding = "JSON" if settings.log_format == "json" else "TEXT"
+    return LoggingConfig(encoding=encoding, log_level=level, enable_access_log=False)

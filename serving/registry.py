@@ -270,6 +270,11 @@ class Registry:
         ordered = sorted(self._entries.values(), key=lambda e: (e.source.name, e.source.age))
         return [self._status(entry) for entry in ordered]
 
+    @property
+    def num_engines(self) -> int:
+        """Engines that follow."""
+        return len(self._live("engine"))
+
     def _status(self, entry: _Entry) -> AdapterStatus:
         return AdapterStatus(
             name=entry.source.name,

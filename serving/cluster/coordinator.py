@@ -34,6 +34,7 @@ class Coordinator:
         print(describe_adapters(self._registry))
         served = self._registry.snapshot().served.values()
         self._room = lora_room(settings, [installed.adapter for installed in served])
+        self._least_replicas = settings.least_replicas
         self._board = Board()
         self._tower_images: dict[str, int] = {}
         self._log = (
@@ -99,7 +100,8 @@ class Coordinator:
         load = await self._log.load.remote()
         cluster.visual_tokens.set(load.get("visual_tokens", 0.0))
         cluster.queue_wait.set(load.get("queue_wait_s", 0.0))
-        for state in ("running", "target"):
-            cluster.replicas.labels(state).set(load.get(state, 0))
+        running = load.get("running", self._registry.num_engines)
+        cluster.replicas.labels("running").set(running)
+        cluster.replicas.labels("target").set(load.get("target", self._least_replicas))
         self._board.put("Coordinator", "coordinator", generate_latest(own))
         return self._board.render()

@@ -30,10 +30,9 @@ async def serve_on_ray(settings: RayAppSettings) -> None:
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     check_model(settings.model)
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     with _on_ray(settings, report):
+        for number in (signal.SIGINT, signal.SIGTERM):  # after `ray.init`, which sets its own
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         started = time.perf_counter()
         report(f"starting {settings.replicas} engine(s) on Ray (a minute on a small machine) ...")
         running = asyncio.create_task(asyncio.to_thread(_deploy, settings))

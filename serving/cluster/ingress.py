@@ -57,6 +57,7 @@ class Ingress:
             bulletin=bulletin,
             adapters=RemoteRegistry(coordinator),
             scrape=self._scrape,
+            is_behind_proxy=True,
         )
         self._tasks = [
             asyncio.create_task(follow_with_bulletin(self._follow, bulletin)),
