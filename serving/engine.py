@@ -112,7 +112,7 @@ class VllmEngine:
         info = replace(engine_info(settings), max_model_len=llm.model_config.max_model_len)
         engine = cls(llm, chat, models, info, loaded)
         # vLLM keeps a traceback with this frame: what it names would outlive `close`.
-        del llm, chat, models
+        del llm, chat, models, loaded
         return engine
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def published_server(published, published_adapters, structures_file):
         max_model_len=2600,
         model_name="published",
     ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_server(tmp_path_factory):
+    """The shipped demo in float32 on Ray, with adapters in a folder that may change."""
+    from tests.ray_running import RayServer
+
+    folder = tmp_path_factory.mktemp("ray")
+    adapters = shutil.copytree(DEMO / "adapters", folder / "adapters")
+    settings = {"dtype": "float32", "log_format": "json", "log_level": "info"}
+    with RayServer(folder / "log", adapters=str(adapters), **settings) as server:
         yield server
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from contextlib import AsyncExitStack
 from typing import Any
@@ -11,12 +12,43 @@ import httpx
 import openai
 import uvicorn
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from serving.server import running_app
 from serving.settings import Settings
 
 
-class RunningServer:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Client:
+    """What tests ask of a server, wherever it runs."""
+
+    url: str
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def label(self, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/label", body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    @property
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def metric(self, name: str) -> float:
+        """A metric, summed over its series."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        families = text_string_to_metric_families(text)
+        return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+class RunningServer(Client):
     """`python -m serving` without the process: same settings, engine, app and HTTP server."""
 
     def __init__(self, **settings: Any) -> None:
@@ -58,15 +90,3 @@ class RunningServer:
 
     def tower_images(self) -> int:
         return self.call(self.labeler.engine.tower_images())
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
-
-    def label(self, **body: Any) -> dict[str, Any]:
-        response = self.post("/v1/label", body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    @property
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)

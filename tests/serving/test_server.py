@@ -14,7 +14,10 @@ from tests.pictures import data_url, noise
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
 
 
-@pytest.fixture(params=["demo", "published"])
+ON_RAY = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.long])
+
+
+@pytest.fixture(params=["demo", "published", ON_RAY])
 def server(request):
     return request.getfixturevalue(f"{request.param}_server")
 
@@ -218,17 +221,12 @@ def test_a_long_post_is_a_clear_400_and_the_engine_lives_on(server):
 
 
 def test_metrics_count_kept_and_saved_tokens_and_tower_images(server):
-    def metric(name):
-        text = httpx.get(f"{server.url}/metrics").text
-        line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
-        return float(line.split()[-1])
-
     names = ("sieve_kept_visual_tokens_total", "sieve_saved_visual_tokens_total")
-    before = [metric(name) for name in names]
+    before = [server.metric(name) for name in names]
     patches = server.labeler.engine.info.num_patches
     kept = server.label(image=data_url(noise(77)), retention_ratio=0.2)["retention"]["kept"]
-    assert [metric(name) for name in names] == [before[0] + kept, before[1] + patches - kept]
-    assert metric("sieve_tower_images") == server.tower_images() > 0
+    assert [server.metric(name) for name in names] == [before[0] + kept, before[1] + patches - kept]
+    assert server.metric("sieve_tower_images") == server.tower_images() > 0
 
 
 def test_readiness_is_asked_of_the_engine(server):
@@ -236,7 +234,7 @@ def test_readiness_is_asked_of_the_engine(server):
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
 
 
-async def test_many_bad_requests_disturb_no_good_one(demo_server):
+async def test_many_bad_requests_disturb_no_good_one(server):
     bad = [
         {"image": data_url(b"no")},
         {"retention_ratio": -1},
@@ -244,7 +242,7 @@ async def test_many_bad_requests_disturb_no_good_one(demo_server):
         {"image": "file:///etc/passwd"},
     ]
     good = {"image": data_url(noise(9)), "text": "good"}
-    async with httpx.AsyncClient(base_url=demo_server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         posts = [client.post("/v1/label", json=body) for body in (bad * 10 + [good] * 10)]
         answers = await asyncio.gather(*posts)
     assert [answer.status_code for answer in answers[40:]] == [200] * 10
