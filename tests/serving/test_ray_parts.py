@@ -1,0 +1,145 @@
+"""Parts of the Ray home without Ray: settings, suspects, merged metrics, waits."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytest.importorskip("ray")
+from patches.config import Retention
+from serving.cluster.board import Board
+from serving.cluster.engine import Suspects, fingerprint
+from serving.cluster.replica import Work
+from serving.cluster.settings import RayAppSettings
+from serving.errors import BadRequestError, EngineDeadError
+from serving.protocol import Generation
+from serving.settings import DEMO
+from tests.pictures import noise
+from tests.serving.fake_engine import FakeEngine
+
+
+def generation(text_ids=(1, 2), seed=0, **changes):
+    request = Generation(
+        request_id=f"r{time.perf_counter_ns()}",
+        prompt_ids=list(text_ids),
+        images=[noise(seed)],
+        adapter=None,
+        retention=Retention(),
+        pattern="x",
+        max_tokens=1,
+        num_logprobs=1,
+    )
+    return replace(request, **changes)
+
+
+def crash(num_together):
+    error = EngineDeadError("gone")
+    error.is_crash, error.num_together = True, num_together
+    return error
+
+
+def test_the_same_question_has_the_same_fingerprint():
+    assert fingerprint(generation()) == fingerprint(generation())
+    assert fingerprint(generation()) != fingerprint(generation(seed=1))
+    assert fingerprint(generation()) != fingerprint(generation(text_ids=(1, 3)))
+
+
+def test_a_request_that_was_alone_in_a_failed_engine_is_refused_for_good():
+    suspects = Suspects()
+    suspects.check(generation())
+    assert suspects.add(generation(), crash(1)).code == "quarantined"
+    with pytest.raises(BadRequestError, match="not tried again"):
+        suspects.check(generation())
+    suspects.check(generation(seed=1))
+
+
+def test_one_among_others_may_come_again_once():
+    suspects = Suspects()
+    told = suspects.add(generation(), crash(3))
+    assert (told.status, told.code, told.retry_after_s) == (503, "engine_crashed", 5)
+    suspects.check(generation())
+    assert suspects.add(generation(), crash(3)).code == "quarantined"
+    with pytest.raises(BadRequestError):
+        suspects.check(generation())
+
+
+def test_suspects_are_bounded():
+    suspects = Suspects(most=3)
+    for seed in range(10):
+        suspects.add(generation(seed=seed), crash(1))
+    assert len(suspects._failures) == 3
+
+
+@pytest.mark.parametrize("replicas", ["0", "3-1", "x", "1-", "-2", ""])
+def test_replicas_that_cannot_be_are_refused(replicas):
+    with pytest.raises(ValueError, match="must be a number above 0 or a range"):
+        RayAppSettings(replicas=replicas)
+
+
+def test_replicas_are_a_number_or_a_range():
+    assert (RayAppSettings(replicas="2").least_replicas, RayAppSettings().most_replicas) == (2, 1)
+    ranged = RayAppSettings(replicas="0-3")
+    assert (ranged.least_replicas, ranged.most_replicas) == (0, 3)
+
+
+def test_the_shipped_serve_config_has_settings_of_the_application():
+    config = yaml.safe_load((DEMO.parent / "serve.yaml").read_text())
+    (application,) = config["applications"]
+    settings = RayAppSettings(**application["args"])
+    assert (settings.least_replicas, settings.most_replicas) == (0, 3)
+
+
+def test_the_application_builds_with_the_deployments_that_the_config_names():
+    from ray.serve._private.build_app import build_app as resolve
+    from ray.serve.schema import LoggingConfig
+
+    from serving.ray_app import NAME, app
+
+    del LoggingConfig
+    built = resolve(app(RayAppSettings(replicas="1-3")), name=NAME)
+    deployments = {item.name: item for item in built.deployments}
+    assert deployments.keys() == {"Ingress", "Engine", "Coordinator"}
+    assert built.ingress_deployment_name == "Ingress"
+    engine = deployments["Engine"]._deployment_config
+    assert (engine.autoscaling_config.min_replicas, engine.max_ongoing_requests) == (1, 64)
+    config = yaml.safe_load((DEMO.parent / "serve.yaml").read_text())
+    named = {item["name"] for item in config["applications"][0]["deployments"]}
+    assert named <= deployments.keys()
+
+
+def test_one_scrape_holds_everybodys_series():
+    board = Board()
+    for number, name in enumerate(("one", "two")):
+        registry = CollectorRegistry()
+        Counter("hits", "Hits", ["kind"], registry=registry).labels("a").inc(number + 1)
+        Histogram("wait_seconds", "Wait", registry=registry).observe(0.1)
+        board.put("Engine", name, generate_latest(registry))
+    families = {f.name: f for f in text_string_to_metric_families(board.render().decode())}
+    assert families["hits"].type == "counter"
+    hits = {s.labels["replica"]: s.value for s in families["hits"].samples if "total" in s.name}
+    assert hits == {"one": 1, "two": 2}
+    counts = [s for s in families["wait_seconds"].samples if s.name == "wait_seconds_count"]
+    assert [s.labels["deployment"] for s in counts] == ["Engine", "Engine"]
+    assert board.render().decode().count("# TYPE wait_seconds histogram") == 1
+
+
+def test_metrics_of_a_replica_that_is_gone_disappear(monkeypatch):
+    board = Board()
+    board.put("Engine", "old", b"# TYPE x gauge\nx 1.0\n")
+    assert b'replica="old"' in board.render()
+    monkeypatch.setattr("serving.cluster.board._KEPT_S", -1.0)
+    assert b"old" not in board.render()
+
+
+def test_work_counts_kept_tokens_until_the_answer():
+    work, engine = Work(), FakeEngine()
+    with work.of(Retention(ratio=0.25), 2, time.time() - 0.5, engine) as wait:
+        assert work.stats()["visual_tokens"] == 2 * 16
+        assert work.stats()["requests"] == 1
+        assert wait() == pytest.approx(0.5, abs=0.2)
+        work.waited(wait())
+    assert work.stats()["visual_tokens"] == work.stats()["requests"] == 0
+    assert work.stats()["queue_wait_s"] > 0.4
