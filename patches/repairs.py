@@ -7,10 +7,15 @@ so that an upgrade is noticed at start and not in the answers.
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+_WATCH = "sieve-parent-watch"
 _BGMV = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
@@ -20,6 +25,32 @@ def apply() -> None:
 
     if current_platform.is_cpu():
         lora_rows_on_cpu()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """A killed server leaves its engine core and worker behind, with their memory or GPU.
+
+    Symptom: after SIGKILL of the process that holds `AsyncLLM`, `VLLM::EngineCore` and its worker
+    stay; on Ray the replacement then finds no memory.
+    Mechanism: the worker watches a pipe from the core, and ends with it; nothing in the core
+    watches its own parent (0.32.0). Not PR_SET_PDEATHSIG: that fires when the thread ends that
+    started the process. Here a process that vLLM started looks every second who its parent is.
+    Remove when: vLLM's engine core ends with its parent.
+    """
+    parent = multiprocessing.parent_process()
+    is_watched = any(thread.name == _WATCH for thread in threading.enumerate())
+    if parent is None or parent.pid is None or is_watched:
+        return
+    if parent.pid != os.getppid() and parent.is_alive():
+        return  # a fork server is between the two
+    threading.Thread(target=_end_without, args=(parent.pid,), name=_WATCH, daemon=True).start()
+
+
+def _end_without(parent: int, every_s: float = 1.0) -> None:
+    while os.getppid() == parent:
+        time.sleep(every_s)
+    os._exit(1)
 
 
 def lora_rows_on_cpu() -> None:

@@ -1,6 +1,11 @@
 """Each repair, against the definition and against what upstream does where upstream is right."""
 
 import inspect
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +75,40 @@ def test_a_moved_upstream_is_noticed(monkeypatch):
     monkeypatch.setattr(lora_ops, "bgmv_expand", lambda inputs, weights: None)
     with pytest.raises(RuntimeError, match="bgmv_expand changed"):
         repairs.lora_rows_on_cpu()
+
+
+def stays(connection):
+    repairs.end_with_parent()
+    connection.send(os.getpid())
+    time.sleep(60)
+
+
+def starts_one(connection):
+    multiprocessing.get_context("spawn").Process(target=stays, args=(connection,)).start()
+    time.sleep(60)
+
+
+def test_a_process_ends_soon_after_the_one_that_started_it_was_killed():
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    parent = spawn.Process(target=starts_one, args=(theirs,))
+    parent.start()
+    child = ours.recv()
+    assert is_running(child)
+    parent.kill()
+    deadline = time.monotonic() + 30
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_nothing_watches_in_a_process_that_nobody_started_as_a_worker():
+    repairs.end_with_parent()
+    assert not [thread for thread in threading.enumerate() if thread.name == repairs._WATCH]
