@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from serving.adapter_states import AdapterStatus, State
 from serving.catalogue import Catalogue, Choices
 from serving.labeler import LabelResult
 from serving.protocol import Adapter
-from serving.registry import AdapterStatus, State
 from serving.schema import LabelResponse, Retained, Usage
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from serving.adapter_states import AdapterStatus
 from serving.answers import label_response, model_cards, status_card
 from serving.catalogue import Choices
 from serving.chat import build_call
@@ -25,7 +26,6 @@ from serving.labeler import Labeler
 from serving.metrics import Metrics
 from serving.middleware import BodyLimit, RequestIds
 from serving.protocol import ChatCall
-from serving.registry import AdapterStatus
 from serving.schema import (
     AdapterRequest,
     ChatRequest,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -30,6 +29,7 @@ from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
 from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation, LoraRoom
 from serving.settings import Settings
+from serving.streams import held_stream, without_leading_space
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -170,7 +170,7 @@ class VllmEngine:
                 raise _from_response(answer.error)
             if request.stream:  # the adapter stays in use until the last event
                 events = answer if call.pattern is None else without_leading_space(answer)
-                return _held_stream(events, held.pop_all())
+                return held_stream(events, held.pop_all())
         completion: dict[str, Any] = answer.model_dump(mode="json")
         if call.pattern is not None:
             for choice in completion["choices"]:
@@ -227,30 +227,6 @@ class VllmEngine:
         self._llm = self._chat = self._models = None
         del self.adapters  # it holds the engine as well
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
-
-
-async def _held_stream(
-    events: AsyncIterator[str], held: contextlib.AsyncExitStack
-) -> AsyncIterator[str]:
-    async with held:
-        async for event in events:
-            yield event
-
-
-async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """A stream whose answers start with the label, not with the space of its first piece."""
-    started: set[int] = set()
-    async for event in events:
-        if not event.startswith("data: {"):
-            yield event
-            continue
-        chunk = json.loads(event.removeprefix("data: "))
-        for choice in chunk.get("choices", []):
-            content = choice["delta"].get("content")
-            if content and choice["index"] not in started:
-                choice["delta"]["content"] = content.lstrip()
-                started.add(choice["index"])
-        yield f"data: {json.dumps(chunk)}\n\n"
 
 
 def engine_args(settings: Settings, room: LoraRoom | None) -> Any:

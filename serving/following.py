@@ -7,10 +7,10 @@ import logging
 import uuid
 from typing import Protocol
 
+from serving.adapter_states import AdapterStatus, Follow, Report, Snapshot
 from serving.catalogue import Catalogue
 from serving.errors import SieveError
 from serving.protocol import Adapter
-from serving.registry import AdapterStatus, Follow, Report, Snapshot
 
 logger = logging.getLogger(__name__)
 

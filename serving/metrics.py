@@ -13,7 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from serving.registry import AdapterStatus, State
+from serving.adapter_states import AdapterStatus, State
 from serving.schema import LabelResponse
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

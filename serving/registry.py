@@ -12,18 +12,17 @@ side has said that it knows; engines drop the old one once its last request is a
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from serving.adapter_choices import Choice, keep_choice, read_choices
 from serving.adapter_files import AdapterFolder, AdapterSource, copy_adapter, digest_of
+from serving.adapter_states import AdapterStatus, Report, Snapshot, State
 from serving.adapters import InstalledAdapter
 from serving.errors import AdapterError, UnknownModelError
 from serving.protocol import Adapter
@@ -31,7 +30,6 @@ from serving.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "registry.json"
 POLL_S = 3.0
 MEMBER_TTL_S = 3 * POLL_S
 _PREPARE_TIMEOUT_S = 120.0
@@ -39,73 +37,6 @@ _MOST_UNLOADED = 100
 
 Check = Callable[[Path, str, Mapping[str, InstalledAdapter]], InstalledAdapter]
 """Folder, name and what else is served, to a checked adapter; raises `AdapterError`."""
-
-
-class State(StrEnum):
-    """Where an adapter version is in its life."""
-
-    DISCOVERED = "discovered"
-    REFUSED = "refused"
-    VERIFIED = "verified"
-    LOADED = "loaded"
-    DRAINING = "draining"
-    UNLOADED = "unloaded"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterStatus:
-    """One version, for people and metrics; no path."""
-
-    name: str
-    version: str
-    state: State
-    reason: str | None = None
-    is_pinned: bool = False
-    num_holders: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What all agree on.
-
-    Attributes:
-        number: rises with every change.
-        served: by name, the version that answers.
-        preparing: versions that engines load now, before they are served.
-        draining: keys of versions that may still have requests.
-        pinned: keys that engines never evict.
-        statuses: of every version.
-    """
-
-    number: int
-    served: Mapping[str, InstalledAdapter]
-    preparing: tuple[Adapter, ...] = ()
-    draining: frozenset[str] = frozenset()
-    pinned: frozenset[str] = frozenset()
-    statuses: tuple[AdapterStatus, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a follower says when it asks for news.
-
-    Attributes:
-        member: its name, unique among followers.
-        kind: engines load adapters, HTTP sides send requests for them; who starts just looks.
-        seen: number of the last snapshot it acted on; -1 at first.
-        prepared: an engine's answers by key: None where it loaded, else why not.
-        held: keys an engine has in memory.
-    """
-
-    member: str
-    kind: Literal["engine", "http", "start"]
-    seen: int = -1
-    prepared: Mapping[str, str | None] = field(default_factory=dict)
-    held: frozenset[str] = frozenset()
-
-
-Follow = Callable[[Report], Awaitable[Snapshot]]
-"""`Registry.follow`, direct or through a Ray handle."""
 
 
 @dataclass
@@ -156,19 +87,19 @@ class Registry:
         """
         if self._folder is None:
             return []
-        kept = self._read_choices()
+        kept = read_choices(self._folder)
         by_name: dict[str, list[AdapterSource]] = {}
         for source in await asyncio.to_thread(self._folder.list):
             self._entries[source.name, source.version] = _Entry(source=source)
             by_name.setdefault(source.name, []).append(source)
         for name, sources in by_name.items():
-            choice = kept.get(name, _Choice())
+            choice = kept.get(name, Choice())
             if not choice.is_removed:
                 await self._serve_newest(sources, choice)
         self._announce()
         return self.statuses()
 
-    async def _serve_newest(self, sources: list[AdapterSource], choice: _Choice) -> None:
+    async def _serve_newest(self, sources: list[AdapterSource], choice: Choice) -> None:
         asked = [source for source in sources if source.version == choice.version]
         for source in asked or reversed(sources):
             entry = self._entries[source.name, source.version]
@@ -206,9 +137,7 @@ class Registry:
             self._retire(old if old is not entry else None)
             self._announce()
             await self._known_to_all()
-            self._keep_choice(
-                name, _Choice(version=entry.source.version, is_pinned=entry.is_pinned)
-            )
+            self._keep(name, Choice(version=entry.source.version, is_pinned=entry.is_pinned))
             return self._status(entry)
 
     async def remove(self, name: str) -> AdapterStatus:
@@ -227,7 +156,7 @@ class Registry:
             self._retire(entry)
             self._announce()
             await self._known_to_all()
-            self._keep_choice(name, _Choice(is_removed=True))
+            self._keep(name, Choice(is_removed=True))
             return self._status(entry)
 
     async def follow(self, report: Report) -> Snapshot:
@@ -437,33 +366,6 @@ class Registry:
         self._number += 1
         self._news.beat()
 
-    def _read_choices(self) -> dict[str, _Choice]:
+    def _keep(self, name: str, choice: Choice) -> None:
         assert self._folder is not None
-        try:
-            stored = json.loads(self._folder.read_text(STATE_FILE) or "{}")
-            return {name: _Choice(**choice) for name, choice in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise AdapterError(
-                f"{STATE_FILE} of the adapters folder cannot be read ({type(error).__name__}); "
-                "repair or delete it: it keeps which versions were chosen, pinned or removed",
-                param="adapters",
-            ) from error
-
-    def _keep_choice(self, name: str, choice: _Choice) -> None:
-        """A restart finds what the operator chose."""
-        assert self._folder is not None
-        try:
-            choices = {**self._read_choices(), name: choice}
-            text = json.dumps({n: vars(c) for n, c in sorted(choices.items())}, indent=2)
-            self._folder.write_text(STATE_FILE, text + "\n")
-        except (OSError, AdapterError) as error:
-            logger.warning("the choice for %r is lost at a restart: %s", name, error)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """What the operator asked for by HTTP, kept beside the adapters."""
-
-    version: str | None = None
-    is_pinned: bool = False
-    is_removed: bool = False
+        keep_choice(self._folder, name, choice)

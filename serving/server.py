@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from patches.config import check_checkpoint
 from serving.adapter_files import AdapterFolder
+from serving.adapter_states import State
 from serving.adapters import InstalledAdapter, check_adapter, lora_room, read_base
 from serving.app import build_app
 from serving.catalogue import Catalogue, Choices
@@ -28,7 +29,7 @@ from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import EngineMetrics, Metrics
-from serving.registry import Registry, State
+from serving.registry import Registry
 from serving.settings import Settings
 from serving.structures import STRUCTURES, LabelStructure, load_structures
 

@@ -11,6 +11,7 @@ import ray
 from prometheus_client import CollectorRegistry, generate_latest
 from ray.serve._private.constants import SERVE_NAMESPACE
 
+from serving.adapter_states import AdapterStatus, Report, Snapshot
 from serving.adapters import lora_room
 from serving.cluster.board import Board
 from serving.cluster.decisions import ACTOR_NAME, DecisionLog
@@ -18,7 +19,6 @@ from serving.cluster.settings import RayAppSettings
 from serving.errors import SieveError
 from serving.metrics import ClusterMetrics, Metrics
 from serving.protocol import LoraRoom
-from serving.registry import AdapterStatus, Report, Snapshot
 from serving.server import catalogue_of, describe_adapters, open_registry
 
 

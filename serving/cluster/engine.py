@@ -3,18 +3,21 @@
 A request whose replica or engine was killed from outside is sent to another one: labels and chats
 change nothing, so answering twice does no harm. A request that was in an engine which failed by
 itself may be what it failed of. It is not sent on; if it was there alone, or at two such failures,
-it is refused from then on.
+it is refused from then on. Those suspected once are tried one at a time, so that of a company only
+the guilty one is there at a second failure; an answer clears the others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import pickle
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -76,7 +79,7 @@ class RayEngine:
 
         async def open_stream() -> AsyncIterator[str]:
             stream = handle.options(stream=True).chat_stream.remote(call, time.time())
-            return await opened(stream)
+            return await opened(stream, lambda error: self._suspects.add(call, error))
 
         if call.body.get("stream"):
             return await self._persistently(call, open_stream)
@@ -90,7 +93,12 @@ class RayEngine:
         self, request: Generation | ChatCall, send: Callable[[], Awaitable[T]]
     ) -> T:
         """Sends a request until an engine has answered it, as long as that is safe."""
-        self._suspects.check(request)
+        async with self._suspects.turn(request):
+            return await self._repeatedly(request, send)
+
+    async def _repeatedly(
+        self, request: Generation | ChatCall, send: Callable[[], Awaitable[T]]
+    ) -> T:
         for num_lost in range(1, MAX_LOST + 1):
             try:
                 return await send()
@@ -135,15 +143,26 @@ class Suspects:
     def __init__(self, most: int = 1000) -> None:
         self._most = most
         self._failures: OrderedDict[str, int] = OrderedDict()
+        self._turn = asyncio.Lock()
 
-    def check(self, request: Generation | ChatCall) -> None:
-        """Refuses a request that is known to stop engines.
+    @asynccontextmanager
+    async def turn(self, request: Generation | ChatCall) -> AsyncIterator[None]:
+        """The time of a request with the engines: a suspect waits for the others, and is cleared.
 
         Raises:
-            BadRequestError: it is.
+            BadRequestError: it is known to stop engines.
         """
-        if self._failures and self._failures.get(fingerprint(request), 0) >= 2:
-            raise _quarantined()
+        mark = fingerprint(request) if self._failures else ""
+        if mark not in self._failures:
+            yield
+            return
+        async with self._turn:
+            if self._failures.get(mark, 0) >= 2:
+                raise _quarantined()
+            yield
+            is_answered = not (isinstance(request, ChatCall) and request.body.get("stream"))
+            if is_answered:  # a stream has only begun
+                self._failures.pop(mark, None)
 
     def add(self, request: Generation | ChatCall, error: EngineDeadError) -> SieveError:
         """Notes a failure; returns what the client is told."""
@@ -200,8 +219,14 @@ async def answered(response: Any) -> Any:
     return answer
 
 
-async def opened(stream: Any) -> AsyncIterator[str]:
+async def opened(
+    stream: Any, on_crash: Callable[[EngineDeadError], SieveError]
+) -> AsyncIterator[str]:
     """A replica's stream after its first item, which says whether it works at all.
+
+    Args:
+        stream: of Ray's.
+        on_crash: told where the engine fails by itself in the middle; says what the client hears.
 
     Raises:
         SieveError: the replica's first item.
@@ -214,13 +239,15 @@ async def opened(stream: Any) -> AsyncIterator[str]:
         raise
     if isinstance(first, SieveError):
         raise first
-    return _events(stream, events)
+    return _events(stream, events, on_crash)
 
 
-async def _events(stream: Any, events: AsyncIterator[str | SieveError]) -> AsyncIterator[str]:
+async def _events(
+    stream: Any,
+    events: AsyncIterator[str | SieveError],
+    on_crash: Callable[[EngineDeadError], SieveError],
+) -> AsyncIterator[str]:
     """A started stream; one whose engine is lost ends with an error event."""
-    import json
-
     is_over = False
     try:
         async for event in events:
@@ -228,9 +255,11 @@ async def _events(stream: Any, events: AsyncIterator[str | SieveError]) -> Async
                 raise event
             yield event
         is_over = True
-    except (*_REPLICA_LOST, EngineDeadError):
+    except (*_REPLICA_LOST, EngineDeadError) as error:
         is_over = True
-        lost = EngineDeadError("the engine was lost in the middle of this answer; ask again")
+        lost: SieveError = EngineDeadError("the engine was lost in this answer; ask again")
+        if isinstance(error, EngineDeadError) and error.is_crash:
+            lost = on_crash(error)
         yield f"data: {json.dumps(lost.body())}\n\n"
         yield "data: [DONE]\n\n"
     finally:

@@ -12,6 +12,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
+from serving.adapter_states import AdapterStatus, Report, Snapshot
 from serving.app import build_app
 from serving.cluster.engine import RayEngine
 from serving.cluster.settings import RayAppSettings
@@ -21,7 +22,6 @@ from serving.following import Bulletin, follow_with_bulletin
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import Metrics
-from serving.registry import AdapterStatus, Report, Snapshot
 from serving.server import catalogue_of, load_tokenizer
 
 logger = logging.getLogger("sieve")

@@ -1,7 +1,8 @@
 """One engine as a Ray Serve replica.
 
-It ends as soon as its engine does: Serve starts another, and nothing is sent to a dead one that
-would answer, and so be chosen, faster than the living.
+It ends as soon as its engine does, and Serve starts another. Requests that come in between wait for
+that end and are then sent to another replica: a dead engine would refuse, and so be chosen, faster
+than the living ones, and a request that came after a crash is not to blame for it.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from patches.config import Retention
+from serving.adapter_states import Report, Snapshot
 from serving.cluster.settings import RayAppSettings
 from serving.errors import EngineDeadError, SieveError
 from serving.following import follow_with_engine
 from serving.labeler import Labeler
 from serving.metrics import EngineMetrics
 from serving.protocol import ChatCall, EngineInfo, Generated, Generation
-from serving.registry import Report, Snapshot
 from serving.server import catalogue_of, load_tokenizer, warm_up
 
 logger = logging.getLogger("sieve.engine")
 
 PUSH_S = 1.0
 WAIT_WINDOW_S = 5.0
-_LAST_WORDS_S = 0.5
+_LAST_WORDS_S = 5.0
+_SENDING_S = 0.2
 
 
 class EngineReplica:
@@ -52,6 +54,7 @@ class EngineReplica:
     ) -> None:
         self._coordinator = coordinator
         self._work = Work()
+        self._is_ending = False
         self._metrics = EngineMetrics()
         self._name = serve.get_replica_context().replica_id.unique_id
         room = await coordinator.room.remote()
@@ -86,6 +89,7 @@ class EngineReplica:
             request: what to decode.
             sent_at: when it left the ingress, in seconds since the epoch.
         """
+        await self._living()
         with self._work.of(request.retention, len(request.images), sent_at, self._engine) as wait:
             try:
                 generated: Generated = await self._engine.generate(request)
@@ -98,6 +102,7 @@ class EngineReplica:
 
     async def chat(self, call: ChatCall, sent_at: float) -> dict[str, Any] | SieveError:
         """Answers a chat in one piece."""
+        await self._living()
         with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
             self._work.waited(wait())
             try:
@@ -108,6 +113,7 @@ class EngineReplica:
 
     async def chat_stream(self, call: ChatCall, sent_at: float) -> AsyncIterator[str | SieveError]:
         """Answers a chat in server-sent events; the first item says whether it works at all."""
+        await self._living()
         with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
             self._work.waited(wait())
             try:
@@ -124,10 +130,28 @@ class EngineReplica:
             self._end()
         return error
 
+    async def _living(self) -> None:
+        """Returns if the engine lives; else never: the caller hears of the replica's end."""
+        try:
+            await self._engine.check_health()
+        except EngineDeadError:
+            self._end()
+        if self._is_ending:
+            await asyncio.Event().wait()
+
     def _end(self) -> None:
-        """Ends this process once its callers have been told."""
-        logger.error("the engine of replica %s stopped; the replica ends", self._name)
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+        """Ends this process once those whose request was in the engine have been told."""
+        if not self._is_ending:
+            self._is_ending = True
+            logger.error("the engine of replica %s stopped; the replica ends", self._name)
+            self._tasks.append(asyncio.create_task(self._exit()))
+
+    async def _exit(self) -> None:
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while self._work.stats()["requests"] and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(_SENDING_S)
+        os._exit(1)
 
     async def _watch(self) -> None:
         while True:

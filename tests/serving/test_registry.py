@@ -9,14 +9,16 @@ from dataclasses import replace
 import pytest
 
 from serving import registry as registry_module
+from serving.adapter_choices import STATE_FILE
 from serving.adapter_files import AdapterFolder, PrivateCopies, digest_of
+from serving.adapter_states import State
 from serving.adapters import check_adapter, read_base
 from serving.errors import AdapterError, UnknownModelError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
 from serving.loaded_adapters import LoadedAdapters
 from serving.manifest import Manifest
 from serving.protocol import Adapter, LoraRoom
-from serving.registry import Registry, State
+from serving.registry import Registry
 from tests.checkpoints import build_adapter
 from tests.serving.test_labeler import catalogue
 
@@ -228,7 +230,7 @@ async def test_choices_outlive_the_registry(tmp_path, base, versions):
         assert snapshot.served.keys() == {"a"}
         assert snapshot.served["a"].adapter.version == ""
         assert snapshot.pinned == {snapshot.served["a"].adapter.key}
-    (tmp_path / registry_module.STATE_FILE).write_text("{]")
+    (tmp_path / STATE_FILE).write_text("{]")
     with pytest.raises(AdapterError, match="registry.json"):
         async with cluster(tmp_path, base):
             pass
