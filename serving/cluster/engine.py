@@ -145,6 +145,15 @@ class Suspects:
         self._failures: OrderedDict[str, int] = OrderedDict()
         self._turn = asyncio.Lock()
 
+    def check(self, request: Generation | ChatCall) -> None:
+        """Refuses a request that is known to stop engines.
+
+        Raises:
+            BadRequestError: it is.
+        """
+        if self._failures and self._failures.get(fingerprint(request), 0) >= 2:
+            raise _quarantined()
+
     @asynccontextmanager
     async def turn(self, request: Generation | ChatCall) -> AsyncIterator[None]:
         """The time of a request with the engines: a suspect waits for the others, and is cleared.
@@ -157,8 +166,7 @@ class Suspects:
             yield
             return
         async with self._turn:
-            if self._failures.get(mark, 0) >= 2:
-                raise _quarantined()
+            self.check(request)
             yield
             is_answered = not (isinstance(request, ChatCall) and request.body.get("stream"))
             if is_answered:  # a stream has only begun

@@ -1,5 +1,6 @@
 """Parts of the Ray home without Ray: settings, suspects, merged metrics, waits."""
 
+import asyncio
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 pytest.importorskip("ray")
 from patches.config import Retention
 from serving.cluster.board import Board
-from serving.cluster.engine import Suspects, fingerprint
+from serving.cluster.engine import Suspects, fingerprint, opened
 from serving.cluster.replica import Work
 from serving.cluster.settings import RayAppSettings
 from serving.errors import BadRequestError, EngineDeadError
@@ -64,6 +65,87 @@ def test_one_among_others_may_come_again_once():
     assert suspects.add(generation(), crash(3)).code == "quarantined"
     with pytest.raises(BadRequestError):
         suspects.check(generation())
+
+
+async def test_suspects_are_tried_one_at_a_time_and_an_answer_clears_them():
+    suspects, inside, most = Suspects(), [], []
+    for seed in range(3):
+        suspects.add(generation(seed=seed), crash(3))
+
+    async def ask(seed):
+        async with suspects.turn(generation(seed=seed)):
+            inside.append(seed)
+            most.append(len(inside))
+            await asyncio.sleep(0.01)
+            inside.remove(seed)
+
+    await asyncio.gather(*map(ask, range(3)))
+    assert max(most) == 1
+    await asyncio.gather(*map(ask, range(3)))
+    assert max(most) == 3
+    assert suspects.add(generation(seed=0), crash(3)).code == "engine_crashed"
+
+
+async def test_others_do_not_wait_for_a_suspect():
+    suspects = Suspects()
+    suspects.add(generation(), crash(3))
+    async with (
+        asyncio.timeout(1),
+        suspects.turn(generation()),
+        suspects.turn(generation(seed=1)),
+    ):
+        pass
+
+
+async def test_a_suspect_that_waited_is_refused_once_its_like_has_stopped_another_engine():
+    suspects = Suspects()
+    suspects.add(generation(), crash(3))
+    crashed = asyncio.Event()
+
+    async def ask():
+        async with suspects.turn(generation()):
+            await crashed.wait()
+            raise suspects.add(generation(), crash(3))
+
+    asking = [asyncio.create_task(ask()) for _ in range(2)]
+    await asyncio.sleep(0)
+    crashed.set()
+    refusals = await asyncio.gather(*asking, return_exceptions=True)
+    assert [refusal.code for refusal in refusals] == ["quarantined", "quarantined"]
+    assert list(suspects._failures.values()) == [2]  # the second one reached no engine
+
+
+class Replies:
+    """A stream of a replica."""
+
+    def __init__(self, *items):
+        self._items = iter(items)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def cancel(self):
+        pass
+
+
+@pytest.mark.parametrize("is_crash", [True, False])
+async def test_a_stream_that_stops_its_engine_midway_is_a_suspect(is_crash):
+    error = crash(1)
+    error.is_crash = is_crash
+    suspects = Suspects()
+    events = await opened(
+        Replies("", "data: a", error), lambda lost: suspects.add(generation(), lost)
+    )
+    found = [event async for event in events]
+    assert found[-1] == "data: [DONE]\n\n"
+    assert ("quarantined" in found[-2]) == is_crash
+    assert bool(suspects._failures) == is_crash
 
 
 def test_suspects_are_bounded():
