@@ -60,6 +60,11 @@ class OpenLoop:
         self.started = time.monotonic()
 
     @property
+    def num_in_flight(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._in_flight)
+
+    @property
     def now_s(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.started

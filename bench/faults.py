@@ -142,7 +142,13 @@ async def _all_drills(home: RayHome, adapters: Path, options: argparse.Namespace
                 options.seed + index,
                 options.in_flight,
             )
-            scene = Scene(home=home, client=client, folder=adapters, probes=load.probes)
+            scene = Scene(
+                home=home,
+                client=client,
+                folder=adapters,
+                probes=load.probes,
+                in_flight=lambda load=load: load.loop.num_in_flight,  # type: ignore[misc]
+            )
             runs.append(await _one_drill(name, scene, load, options))
         progress(_line(runs[-1]))
     return runs

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 
+from bench.process_tree import descendants
 from serving.engine import VllmEngine
 from serving.protocol import Generated, Generation
 
@@ -13,7 +14,7 @@ PHRASE = "drill: stop this engine"
 
 
 class PoisonableEngine(VllmEngine):
-    """`VllmEngine`, whose core dies of SIGSEGV while it decodes a prompt with `PHRASE`."""
+    """`VllmEngine`, whose worker dies of SIGSEGV while it decodes a prompt with `PHRASE`."""
 
     async def generate(self, request: Generation) -> Generated:
         """Decodes one answer, or dies of it."""
@@ -22,5 +23,6 @@ class PoisonableEngine(VllmEngine):
         )
         if PHRASE in prompt:
             core = self._processes[0].pid
-            asyncio.get_running_loop().call_later(0.003, os.kill, core, signal.SIGSEGV)
+            worker = [core, *descendants(core)][-1]
+            asyncio.get_running_loop().call_later(0.003, os.kill, worker, signal.SIGSEGV)
         return await super().generate(request)
