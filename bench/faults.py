@@ -31,7 +31,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -114,12 +114,13 @@ def run(options: argparse.Namespace) -> Outcome:
     try:
         adapters = folder / "adapters"
         shutil.copytree(DEMO / "adapters", adapters)
-        settings = RayAppSettings(
-            adapters=str(adapters),
-            replicas=str(options.replicas),
-            max_num_seqs=options.max_num_seqs,
-            port=free_port(),
-        )
+        chosen: dict[str, Any] = {
+            "adapters": str(adapters),
+            "replicas": str(options.replicas),
+            "max_num_seqs": options.max_num_seqs,
+            "port": free_port(),
+        }
+        settings = RayAppSettings(**chosen)
         with running_home(settings, options.node_cpus or options.replicas + 1) as home:
             runs = asyncio.run(_all_drills(home, adapters, options))
     finally:

@@ -61,14 +61,14 @@ def running(servers: Sequence[Server], logs: Path) -> Iterator[None]:
         BenchError: one ended or was not ready in time; names its log.
     """
     with contextlib.ExitStack() as stack:
-        _stop_on_termination(stack)
+        stop_on_termination(stack)
         processes = [stack.enter_context(_process(server, logs)) for server in servers]
         for server, process in zip(servers, processes, strict=True):
             _wait_ready(server, process, logs)
         yield
 
 
-def _stop_on_termination(stack: contextlib.ExitStack) -> None:
+def stop_on_termination(stack: contextlib.ExitStack) -> None:
     """SIGTERM ends the run as Ctrl-C does, so that servers are stopped."""
 
     def interrupt(signum: int, frame: object) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from bench.outcome import BenchError, progress
 from bench.process_tree import is_alive
+from bench.processes import stop_on_termination
 from serving.cluster.settings import RayAppSettings
 from serving.ray_app import NAME, build
 
@@ -110,10 +112,17 @@ class RayHome:
 def running_home(settings: RayAppSettings, cpus_per_node: int) -> Iterator[RayHome]:
     """Two nodes and the application, ready; all of it ends with the block."""
     folder = Path(tempfile.mkdtemp(prefix="sieve-"))
-    os.environ.update({"RAY_prestart_worker_first_driver": "0", **_ENVIRONMENT})
+    quiet = {"RAY_prestart_worker_first_driver": "0", "RAY_TMPDIR": str(folder)}
+    os.environ.update({**quiet, **_ENVIRONMENT})  # another Ray's address file stays as it is
     node = {"num_cpus": cpus_per_node, "include_dashboard": False, "temp_dir": str(folder)}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
+    with contextlib.ExitStack() as stack:
+        stop_on_termination(stack)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(cluster.shutdown)
+        stack.callback(_leave)
+        # Ray prints what its nodes complain of; stdout is for the table.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         cluster.add_node(**node)
         ray.init(
             address=cluster.address,
@@ -123,12 +132,12 @@ def running_home(settings: RayAppSettings, cpus_per_node: int) -> Iterator[RayHo
             runtime_env={"env_vars": _ENVIRONMENT},
         )
         yield _started(cluster, settings, folder)
-    finally:
-        with contextlib.suppress(Exception):  # whatever a drill left of it
-            serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception):  # whatever a drill left of it
+        serve.shutdown()
+    ray.shutdown()
 
 
 def _started(cluster: Cluster, settings: RayAppSettings, folder: Path) -> RayHome:
