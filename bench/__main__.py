@@ -7,13 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-from bench import server, shape, tower, training
+from bench import faults, homes, ramp, server, shape, tower, training
 from bench.environment import describe
 from bench.outcome import BenchError
 
-COMMANDS = {"tower": tower, "shape": shape, "server": server, "training": training}
+COMMANDS = {
+    "tower": tower,
+    "shape": shape,
+    "server": server,
+    "training": training,
+    "ramp": ramp,
+    "ray": homes,
+    "faults": faults,
+}
 _EPILOG = """\
-Every command compares its variants in one run: they alternate within each round, in an order
+Commands that compare variants do so in one run: they alternate within each round, in an order
 drawn anew from --seed, every request has an image never seen before, warm-up is not counted, and
 ratios are medians over rounds with a bootstrap 95 % interval. The table goes to stdout, progress
 to stderr, and --json FILE stores environment, exact command, settings and every raw sample.
@@ -24,6 +32,9 @@ examples:
   python -m bench shape --layers 2            seconds, to see that it works; without --layers: 7B
   python -m bench server --json server.json   our HTTP server beside vLLM's
   python -m bench training --rounds 5         our trainer beside a plain Hugging Face script
+  python -m bench ramp --plot ramp.png        engines on Ray that follow a load
+  python -m bench ray --parts home            the Ray home beside one process
+  python -m bench faults --drills replica     what clients see when an engine is killed
   python -m bench shape --help                what a command measures, and its options
 """
 
