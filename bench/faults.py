@@ -110,6 +110,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
     if options.replicas < 2:
         raise BenchError(f"--replicas {options.replicas}: nothing survives below 2")
+    runs: list[Run] = []
     folder = Path(tempfile.mkdtemp(prefix="sieve-faults-"))
     try:
         adapters = folder / "adapters"
@@ -122,14 +123,19 @@ def run(options: argparse.Namespace) -> Outcome:
         }
         settings = RayAppSettings(**chosen)
         with running_home(settings, options.node_cpus or options.replicas + 1) as home:
-            runs = asyncio.run(_all_drills(home, adapters, options))
+            asyncio.run(_all_drills(home, adapters, options, runs))
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        progress(f"interrupted after {len(runs)} drills")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return summarise(runs, options)
 
 
-async def _all_drills(home: RayHome, adapters: Path, options: argparse.Namespace) -> list[Run]:
-    runs = []
+async def _all_drills(
+    home: RayHome, adapters: Path, options: argparse.Namespace, runs: list[Run]
+) -> None:
     ordered = [name for name in DRILLS if name in options.drills]
     for index, name in enumerate(ordered * options.rounds):
         limits = httpx.Limits(max_connections=options.in_flight + 10)
@@ -152,7 +158,6 @@ async def _all_drills(home: RayHome, adapters: Path, options: argparse.Namespace
             )
             runs.append(await _one_drill(name, scene, load, options))
         progress(_line(runs[-1]))
-    return runs
 
 
 async def _one_drill(name: str, scene: Scene, load: Load, options: argparse.Namespace) -> Run:
