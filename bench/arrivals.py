@@ -79,10 +79,14 @@ class OpenLoop:
             if len(self._in_flight) >= self._most:
                 self.dropped.append(arrival)
                 continue
-            task = asyncio.ensure_future(self._send(arrival))
-            self._in_flight.add(task)
-            task.add_done_callback(self._in_flight.discard)
+            self.send_now(arrival)
         await asyncio.gather(*self._in_flight)
+
+    def send_now(self, arrival: Arrival) -> None:
+        """Sends one, of the schedule or beside it."""
+        task = asyncio.ensure_future(self._send(arrival))
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
 
     async def _stopped_before(self, at_s: float, stop: asyncio.Event) -> bool:
         try:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # Ray is slow to import, and other commands do not need it
 ADAPTER = "llavac"
 SIZE = (112, 112)
 _TOLERANCE = 0.03
-_BUSY = 5
+_VOLLEY = 12
+_ON_ITS_WAY_S = 0.1
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,7 @@ class Scene:
         client: of its HTTP side.
         folder: its adapters.
         probes: answers to the fixed posts of the adapter drill, filled by the load.
+        volley: sends so many requests at once.
         in_flight: requests that are not answered yet.
     """
 
@@ -61,6 +63,7 @@ class Scene:
     client: httpx.AsyncClient
     folder: Path
     probes: list[tuple[int, dict[str, Any]]]
+    volley: Callable[[int], None]
     in_flight: Callable[[], int]
 
 
@@ -78,11 +81,10 @@ async def _an_engine(scene: Scene) -> int:
     return replicas[0].pid
 
 
-async def _until_busy(scene: Scene, timeout_s: float = 10) -> str:
-    """Waits until the engines have work to lose, as long as that is likely; says how much."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while scene.in_flight() < _BUSY and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.005)
+async def _when_busy(scene: Scene) -> str:
+    """Gives every engine work to lose; says how much there is."""
+    scene.volley(_VOLLEY)
+    await asyncio.sleep(_ON_ITS_WAY_S)
     return f"struck with {scene.in_flight()} requests in flight"
 
 
@@ -90,7 +92,7 @@ async def replica(scene: Scene) -> Strike:
     """SIGKILL of an engine replica's process."""
     pid = await _an_engine(scene)
     killed = _with_descendants(pid)
-    note = await _until_busy(scene)
+    note = await _when_busy(scene)
     os.kill(pid, signal.SIGKILL)
     return Strike(killed=killed, notes=[note])
 
@@ -99,7 +101,7 @@ async def engine(scene: Scene) -> Strike:
     """SIGKILL of a replica's engine core."""
     pid = await _an_engine(scene)
     killed, core = _with_descendants(pid), engine_core(pid)
-    note = await _until_busy(scene)
+    note = await _when_busy(scene)
     os.kill(core, signal.SIGKILL)
     return Strike(killed=killed, notes=[note])
 
@@ -108,7 +110,7 @@ async def node(scene: Scene) -> Strike:
     """SIGKILL of the raylet of the second node."""
     everything = ("Engine", "Ingress", "Coordinator")
     found = [r for name in everything for r in await asyncio.to_thread(scene.home.replicas, name)]
-    note = await _until_busy(scene)
+    note = await _when_busy(scene)
     lost = await asyncio.to_thread(scene.home.kill_second_node)
     there = [replica for replica in found if replica.node == lost]
     names = ", ".join(sorted(replica.deployment for replica in there)) or "nothing"
@@ -155,7 +157,7 @@ async def poison(scene: Scene) -> Strike:
     for number in (1, 2, 3):
         before = {r.pid: descendants(r.pid) for r in await asyncio.to_thread(home.replicas)}
         body = {"model": "demo", "text": PHRASE, "image": picture_url(7, 7, SIZE)}
-        notes.append(await _until_busy(scene))
+        notes.append(await _when_busy(scene))
         answer = await scene.client.post("/v1/label", json=body)
         code = (answer.json().get("error") or {}).get("code")
         await asyncio.sleep(4)

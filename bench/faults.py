@@ -2,7 +2,8 @@
 
 Starts a Ray of its own with two nodes on this machine and the application with real engines, and
 keeps up open-loop load: a seeded Poisson schedule of labels (two adapters, base) and streamed
-chats, sent when it says whatever became of earlier ones, timed from the intended arrival. Drills:
+chats, sent when it says whatever became of earlier ones, timed from the intended arrival. Killing
+drills strike within a volley of twelve more, so that every engine has work to lose. Drills:
 
   replica     SIGKILL of an engine replica's process
   engine      SIGKILL of its engine core
@@ -154,6 +155,7 @@ async def _all_drills(
                 client=client,
                 folder=adapters,
                 probes=load.probes,
+                volley=load.volley,
                 in_flight=lambda load=load: load.loop.num_in_flight,  # type: ignore[misc]
             )
             runs.append(await _one_drill(name, scene, load, options))

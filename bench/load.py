@@ -41,6 +41,12 @@ class Load:
         self.answers: list[Answer] = []
         self.probes: list[tuple[int, dict[str, Any]]] = []
 
+    def volley(self, size: int) -> None:
+        """Sends so many labels at once, beside the schedule: every engine has work to lose."""
+        for index in range(size):
+            arrival = Arrival(number=100_000 + index, at_s=self.loop.now_s, kind="volley")
+            self.loop.send_now(arrival)
+
     async def _send(self, arrival: Arrival) -> None:
         try:
             send = self._stream if arrival.kind == "stream" else self._label
@@ -97,7 +103,7 @@ class Load:
 
     def _post(self, arrival: Arrival) -> dict[str, Any]:
         return {
-            "model": self._base if arrival.kind in ("base", "stream") else arrival.kind,
+            "model": self._base if arrival.kind in ("base", "stream", "volley") else arrival.kind,
             "text": make_text(self._seed, arrival.number),
             "image": self._pictures[arrival.number % _NUM_PICTURES],
         }

@@ -2,10 +2,13 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,17 +18,19 @@ from bench.__main__ import build_parser
 from bench.answers import Answer, CounterGrowth, outcome_of, outcome_of_stream
 from bench.arrivals import OpenLoop, arrivals
 from bench.drills import ADAPTER, DRILLS, versions_note, write_turned_adapter
+from bench.load import MIXTURE, Load
 from bench.outcome import BenchError
 from bench.poison import PHRASE
 from bench.process_tree import descendants, is_alive
+from serving.schema import ChatRequest, LabelRequest
 from serving.settings import DEMO
 
-MIXTURE = {"a": 3.0, "b": 1.0}
+WEIGHTS = {"a": 3.0, "b": 1.0}
 CODE = {"error": {"message": "m", "code": "c"}}
 
 
 def first(number, **changed):
-    return list(itertools.islice(arrivals(4.0, MIXTURE, **({"seed": 0} | changed)), number))
+    return list(itertools.islice(arrivals(4.0, WEIGHTS, **({"seed": 0} | changed)), number))
 
 
 def test_a_schedule_has_its_rate_and_mixture_and_is_repeatable():
@@ -87,6 +92,39 @@ def test_only_a_refusal_that_says_when_to_come_again_is_no_failure(status, heade
 )
 def test_a_stream_is_whole_only_if_it_ends_and_holds_no_error(lines, outcome):
     assert outcome_of_stream(lines)[0] == outcome
+
+
+EVENTS = 'data: {"choices": []}\n\ndata: [DONE]\n\n'
+
+
+async def test_the_load_passes_our_schema_and_notes_every_answer():
+    def serve(request):
+        body = json.loads(request.content)
+        if request.url.path == "/v1/chat/completions":
+            ChatRequest(**body)
+            return httpx.Response(200, text=EVENTS)
+        LabelRequest(**body)
+        if body["model"] == "sentiment":
+            raise httpx.ConnectError("nobody listens")
+        return httpx.Response(200, json={"probabilities": {"text": {}}})
+
+    transport = httpx.MockTransport(serve)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        load = Load(client, "demo", rate=200.0, seed=0, most_in_flight=50)
+        stop = asyncio.Event()
+        running = asyncio.create_task(load.loop.run(stop))
+        await asyncio.sleep(0.3)
+        load.volley(12)
+        await asyncio.sleep(0.1)
+        stop.set()
+        await running
+    kinds = Counter(answer.kind for answer in load.answers)
+    assert kinds["volley"] == 12
+    assert set(kinds) == {*MIXTURE, "volley"}
+    lost = {answer.kind for answer in load.answers if answer.outcome == answers.CONNECTION}
+    assert lost == {"sentiment"}
+    assert {answer.outcome for answer in load.answers} == {answers.OK, answers.CONNECTION}
+    assert len(load.probes) == kinds[ADAPTER]
 
 
 def answer(at_s, seconds=0.1, outcome=answers.OK):
