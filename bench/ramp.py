@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="model or adapter that requests name (default the base model)")
     add("--retention", type=float, default=1.0, help="share of visual tokens kept (default 1.0)")
     add("--picture-size", type=positive, default=224, help="pixels of a side (default 224)")
-    add("--in-flight", type=positive, default=400, help="most at once; more are dropped (400)")
+    add("--in-flight", type=positive, default=1000, help="most at once; more are dropped (1000)")
     add("--timeout-s", type=positive, default=120, help="until a request is given up (120)")
     add("--plot", type=Path, help="write load, replicas, queue wait and p95 there (.png, .svg)")
     add("--keep", type=Path, help="existing folder for logs and requests.csv (default a fresh one)")
@@ -293,7 +293,10 @@ def _notes(
     if lag:
         notes.append(f"p99 of the generator's lag: {1e3 * float(np.percentile(lag, 99)):.1f} ms")
     notes.append(f"/metrics was read {len(looks)} times")
-    failed = sorted({row.error for row in rows if row.status not in (200, 429, 503)} - {""})
+    failed = sorted(
+        {row.error for row in rows if not row.is_dropped and row.status not in (200, 429, 503)}
+        - {""}
+    )
     notes += [f"failed: {error}" for error in failed[:5]]
     return [*notes, f"what happened, by the second:\n\n{_event_table(happened)}"]
 
