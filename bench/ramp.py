@@ -121,7 +121,8 @@ def _check(options: argparse.Namespace) -> None:
 def _served(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The URL of a server that answers."""
     if options.server is not None:
-        yield options.server.rstrip("/")
+        with running([], folder):  # SIGTERM ends the generator too
+            yield options.server.rstrip("/")
         return
     server = ray_server(options)
     with running([server], folder):
