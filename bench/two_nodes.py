@@ -22,7 +22,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from bench.outcome import BenchError, progress
-from bench.process_tree import is_alive
+from bench.process_tree import descendants, is_alive
 from bench.processes import stop_on_termination
 from serving.cluster.settings import RayAppSettings
 from serving.ray_app import NAME, build
@@ -87,12 +87,12 @@ class RayHome:
         """Process of Serve's controller.
 
         Raises:
-            BenchError: it does not answer.
+            BenchError: there is none.
         """
-        try:
-            return int(self._details()["controller_info"]["pid"])
-        except (ray.exceptions.RayError, ValueError) as error:
-            raise BenchError(f"Serve's controller does not answer: {error}") from error
+        for pid in descendants(os.getpid()):
+            if "ServeController" in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+        raise BenchError("Serve's controller does not run")
 
     def _details(self) -> dict[str, Any]:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)

@@ -35,7 +35,8 @@ def end_with_parent() -> None:
     stay; on Ray the replacement then finds no memory.
     Mechanism: the worker watches a pipe from the core, and ends with it; nothing in the core
     watches its own parent (0.32.0). Not PR_SET_PDEATHSIG: that fires when the thread ends that
-    started the process. Here a process that vLLM started looks every second who its parent is.
+    started the process. Here a process that vLLM started looks every second who its parent is,
+    from the moment it loads plugins; one orphaned before that gives its handshake up in 5 minutes.
     Remove when: vLLM's engine core ends with its parent.
     """
     parent = multiprocessing.parent_process()
