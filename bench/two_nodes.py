@@ -112,6 +112,7 @@ class RayHome:
 def running_home(settings: RayAppSettings, cpus_per_node: int) -> Iterator[RayHome]:
     """Two nodes and the application, ready; all of it ends with the block."""
     folder = Path(tempfile.mkdtemp(prefix="sieve-"))
+    (folder / "ray").mkdir()
     quiet = {"RAY_prestart_worker_first_driver": "0", "RAY_TMPDIR": str(folder)}
     os.environ.update({**quiet, **_ENVIRONMENT})  # another Ray's address file stays as it is
     node = {"num_cpus": cpus_per_node, "include_dashboard": False, "temp_dir": str(folder)}
