@@ -8,6 +8,7 @@ removed meanwhile would end the engine.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from serving.errors import AdapterError
 from serving.manifest import MANIFEST_NAME, fingerprint
 from serving.protocol import Adapter
 
+_COPIES = "sieve-adapters-"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST_NAME)
 
 
@@ -137,11 +139,20 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def _remove_orphans(folder: Path) -> None:
+    """Copies of processes on this machine that were killed before they could remove them."""
+    for path in folder.glob(f"{_COPIES}*-*"):
+        pid = path.name.removeprefix(_COPIES).split("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class PrivateCopies:
     """An engine's own copies of the adapters it may load; gone when it closes."""
 
     def __init__(self) -> None:
-        self._root = Path(tempfile.mkdtemp(prefix="sieve-adapters-"))
+        _remove_orphans(Path(tempfile.gettempdir()))
+        self._root = Path(tempfile.mkdtemp(prefix=f"{_COPIES}{os.getpid()}-"))
 
     def path(self, adapter: Adapter) -> Path:
         """Where an adapter's copy is or would be; other contents have another path."""

@@ -26,6 +26,8 @@ from serving.facts import engine_info
 
 NAME = "sieve"
 _MANY = 100_000
+_ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+"""Where Ray's own state is: a worker node that is lost takes no HTTP side and no registry along."""
 _FULL_BACKOFF_S = 0.05
 """How often full engines are asked again: at Ray's 0.5 s they ran empty while requests waited."""
 _SURGE_PERCENT = 25
@@ -44,7 +46,7 @@ def build(settings: RayAppSettings, engine_class: str = ENGINE_CLASS) -> Applica
         name="Coordinator",
         num_replicas=1,
         max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_ON_HEAD,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=1,
         logging_config=_logging(settings),
@@ -76,7 +78,7 @@ def build(settings: RayAppSettings, engine_class: str = ENGINE_CLASS) -> Applica
         name="Ingress",
         num_replicas=settings.ingress_replicas,
         max_ongoing_requests=settings.max_pending + 1000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_ON_HEAD if settings.ingress_replicas == 1 else {"num_cpus": 0},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         graceful_shutdown_wait_loop_s=1,

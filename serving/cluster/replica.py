@@ -90,12 +90,12 @@ class EngineReplica:
             sent_at: when it left the ingress, in seconds since the epoch.
         """
         await self._living()
-        with self._work.of(request.retention, len(request.images), sent_at, self._engine) as wait:
+        with self._work.of(request.retention, len(request.images), sent_at, self._engine) as way_s:
             try:
                 generated: Generated = await self._engine.generate(request)
             except SieveError as error:
                 return self._failed(request.request_id, error)
-            seconds = wait() + generated.queue_ms / 1e3
+            seconds = way_s + generated.queue_ms / 1e3
             self._work.waited(seconds)
             self._metrics.queue_wait.observe(seconds)
             return generated
@@ -103,8 +103,7 @@ class EngineReplica:
     async def chat(self, call: ChatCall, sent_at: float) -> dict[str, Any] | SieveError:
         """Answers a chat in one piece."""
         await self._living()
-        with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
-            self._work.waited(wait())
+        with self._work.of(call.retention, call.num_images, sent_at, self._engine):
             try:
                 answer: dict[str, Any] = await self._engine.chat(call)
             except SieveError as error:
@@ -114,8 +113,7 @@ class EngineReplica:
     async def chat_stream(self, call: ChatCall, sent_at: float) -> AsyncIterator[str | SieveError]:
         """Answers a chat in server-sent events; the first item says whether it works at all."""
         await self._living()
-        with self._work.of(call.retention, call.num_images, sent_at, self._engine) as wait:
-            self._work.waited(wait())
+        with self._work.of(call.retention, call.num_images, sent_at, self._engine):
             try:
                 events: AsyncIterator[str] = await self._engine.chat(call)
                 yield ""
@@ -207,21 +205,21 @@ class Work:
 
     def __init__(self) -> None:
         self._tokens, self._requests = 0.0, 0
-        self._starts: dict[int, float] = {}
         self._waits: deque[tuple[float, float]] = deque()
 
     @contextmanager
     def of(
         self, retention: Retention, num_images: int, sent_at: float, engine: Any
-    ) -> Iterator[Any]:
-        """One request's time here; yields what says how long its way took, in seconds."""
+    ) -> Iterator[float]:
+        """One request's time here; yields how long its way took, in seconds."""
         tokens = retention.num_kept(engine.info.num_patches) * num_images
         self._tokens += tokens
         self._requests += 1
         # Clocks of two machines: a wait is never negative.
         way_s = max(0.0, time.time() - sent_at)
+        self.waited(way_s)
         try:
-            yield lambda: way_s
+            yield way_s
         finally:
             self._tokens -= tokens
             self._requests -= 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -333,3 +334,13 @@ async def test_an_adapter_that_the_engine_evicted_is_loaded_again(versions):
     assert await holder.resident() == frozenset()
     async with holder.in_use(adapter):
         assert adapter.key in slots.keys
+
+
+def test_copies_of_a_killed_process_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "sieve-adapters-4194999-x").mkdir()  # above the largest process id
+    (tmp_path / f"sieve-adapters-{os.getpid()}-x").mkdir()
+    copies = PrivateCopies()
+    left = sorted(path.name.split("-")[2] for path in tmp_path.iterdir())
+    assert left == [str(os.getpid())] * 2
+    copies.close()
