@@ -92,6 +92,8 @@ def _environment(settings: Settings, num_threads: int) -> dict[str, str]:
 
 def _lora_arguments(settings: Settings) -> list[str]:
     """The same adapters, rank and slots as `serving.engine` asks for."""
+    if settings.adapters_folder is None:
+        return []
     adapters = asyncio.run(_served_adapters(settings))
     room = lora_room(settings, adapters)
     if room is None or not adapters:

@@ -311,6 +311,7 @@ class Registry:
         except AdapterError as error:
             if self._current.get(entry.source.name) is not entry:
                 entry.state, entry.reason = State.REFUSED, error.message
+                self._announce()
             raise
 
     def _retire(self, entry: _Entry | None) -> None:
