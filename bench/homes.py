@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> Outcome:
         headers=["part", "what", "posts/s", "against", "cores"],
         rows=[row for outcome in outcomes for row in outcome.rows],
         notes=[note for outcome in outcomes for note in outcome.notes],
-        settings=vars(options),
+        settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         results={part: o.results for part, o in zip(options.parts, outcomes)},  # noqa: B905
         samples=[sample for outcome in outcomes for sample in outcome.samples],
     )
