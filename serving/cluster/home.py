@@ -75,7 +75,7 @@ def _on_ray(settings: RayAppSettings, report: Report) -> Iterator[None]:
     try:
         ray.init(
             address="local" if is_ours else settings.ray_address,
-            num_cpus=(settings.ray_cpus or None) if is_ours else None,
+            num_cpus=settings.own_ray_cpus if is_ours else None,
             include_dashboard=False if is_ours else None,
             log_to_driver=True,
             logging_level=logging.ERROR,

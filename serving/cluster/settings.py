@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from typing import Self
 
@@ -42,7 +44,10 @@ class RayAppSettings(Settings):
         None, description="cluster to join ('auto', 'host:port'); without it Ray starts here"
     )
     ray_cpus: int | None = Field(
-        None, gt=0, description="CPUs that a Ray started here believes in; by default the machine's"
+        None,
+        gt=0,
+        description="CPUs that a Ray started here believes in; by default the machine's, or as many "
+        "as all engines reserve",
     )
 
     @model_validator(mode="after")
@@ -68,3 +73,9 @@ class RayAppSettings(Settings):
     def ongoing(self) -> int:
         """Requests at one engine; near `max_num_seqs`, or a hot adapter stays on one engine."""
         return self.max_ongoing or self.max_num_seqs
+
+    @property
+    def own_ray_cpus(self) -> int:
+        """CPUs of a Ray started here: all engines fit, though they share fewer cores."""
+        reserved = math.ceil(self.most_replicas * self.replica_cpus)
+        return self.ray_cpus or max(os.cpu_count() or 1, reserved)

@@ -167,6 +167,11 @@ def test_replicas_are_a_number_or_a_range():
     assert (ranged.least_replicas, ranged.most_replicas) == (0, 3)
 
 
+def test_all_engines_fit_on_a_ray_of_this_machine():
+    assert RayAppSettings(replicas="1-500").own_ray_cpus == 500
+    assert RayAppSettings(replicas="1-500", ray_cpus=4).own_ray_cpus == 4
+
+
 def test_the_shipped_serve_config_has_settings_of_the_application():
     config = yaml.safe_load((DEMO.parent / "serve.yaml").read_text())
     (application,) = config["applications"]
