@@ -46,8 +46,8 @@ class RayAppSettings(Settings):
     ray_cpus: int | None = Field(
         None,
         gt=0,
-        description="CPUs that a Ray started here believes in; by default the machine's, or as many "
-        "as all engines reserve",
+        description="CPUs that a Ray started here believes in; by default the machine's, "
+        "or as many as all engines reserve",
     )
 
     @model_validator(mode="after")
