@@ -5,9 +5,9 @@ trainer admits it. Texts of real data sets are not clean UTF-8: see `read_text`.
 """
 
 from serving.posts.check import FAULTS, Checked, Fault, check_post
-from serving.posts.ids import LIST_SUFFIX, IdList, IdSet
+from serving.posts.ids import LIST_SUFFIX, Duplicates, IdList, IdSet
 from serving.posts.mvsa import MVSA_LABELS, merge_labels
-from serving.posts.post import IMAGE_SUFFIXES, Post
+from serving.posts.post import IMAGE_SUFFIXES, Post, Unreadable
 from serving.posts.reader import Posts
 from serving.posts.registry import LAYOUTS, find_layout, known_splits, read_posts
 from serving.posts.rows import Row
@@ -20,12 +20,14 @@ __all__ = [
     "LIST_SUFFIX",
     "MVSA_LABELS",
     "Checked",
+    "Duplicates",
     "Fault",
     "IdList",
     "IdSet",
     "Post",
     "Posts",
     "Row",
+    "Unreadable",
     "check_post",
     "find_layout",
     "known_splits",

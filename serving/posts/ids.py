@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import Path
+from typing import Literal
 
 from serving.errors import ConfigError
 from serving.posts.texts import numbered_lines
 
 LIST_SUFFIX = "_ids.txt"
+Duplicates = Literal["error", "first", "rename"]
+"""Of posts with one id: refuse them, keep the first, or call the later ones `id#2`, `id#3`."""
 
 
 class IdSet:
@@ -26,6 +29,7 @@ class IdSet:
         for pragma in ("journal_mode = OFF", "synchronous = OFF"):
             self._table.execute(f"PRAGMA {pragma}")
         self._table.execute("CREATE TABLE ids (id BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("CREATE TABLE met (id BLOB PRIMARY KEY, times INT) WITHOUT ROWID")
         self._table.execute("BEGIN")
         self._num = 0
 
@@ -45,7 +49,18 @@ class IdSet:
         self._num += done.rowcount
         return done.rowcount == 1
 
-    def __contains__(self, id_: str) -> bool:
+    def meet_again(self, id_: str) -> int:
+        """Counts meetings with an id that was added, which was the first: 2, 3, ..."""
+        again = self._table.execute(
+            "INSERT INTO met VALUES (?, 2) ON CONFLICT DO UPDATE SET times = times + 1 "
+            "RETURNING times",
+            (_raw(id_),),
+        )
+        return int(again.fetchone()[0])
+
+    def __contains__(self, id_: object) -> bool:
+        if not isinstance(id_, str):
+            return False
         found = self._table.execute("SELECT 1 FROM ids WHERE id = ?", (_raw(id_),))
         return found.fetchone() is not None
 
@@ -59,6 +74,58 @@ class IdSet:
 
 def _raw(id_: str) -> bytes:
     return id_.encode(errors="surrogatepass")  # names of files need not be Unicode
+
+
+class IdsInUse:
+    """Ids that are given out, each once.
+
+    Attributes:
+        seen: all that were given out.
+        num_duplicates: how often an id was claimed that was given out before.
+    """
+
+    def __init__(self, duplicates: Duplicates) -> None:
+        self.seen = IdSet()
+        self.num_duplicates = 0
+        self._duplicates = duplicates
+        self._invented = IdSet()
+
+    def claim(self, id_: str) -> str | None:
+        """The id for a post that has this one of its own; None where it is to be left out.
+
+        Raises:
+            ValueError: it is given out already, and duplicates are an error; or what has it is a
+                row that could not be read and is called by its place.
+        """
+        if self.seen.add(id_):
+            return id_
+        if self._duplicates == "rename":
+            self.num_duplicates += 1
+            return self._renamed(id_)
+        if id_ in self._invented:
+            raise ValueError(
+                f"id={id_!r} is how a row that cannot be read is called; change the id"
+            )
+        if self._duplicates == "error":
+            raise ValueError(f"id={id_!r} is there twice; ids must be unique")
+        self.num_duplicates += 1
+        return None
+
+    def invent(self, place: str) -> str:
+        """An id for what has none."""
+        id_ = place if self.seen.add(place) else self._renamed(place)
+        self._invented.add(id_)
+        return id_
+
+    def _renamed(self, id_: str) -> str:
+        while not self.seen.add(renamed := f"{id_}#{self.seen.meet_again(id_)}"):
+            pass
+        return renamed
+
+    def close(self) -> None:
+        """Forgets all ids."""
+        self.seen.close()
+        self._invented.close()
 
 
 class IdList:
@@ -83,13 +150,13 @@ class IdList:
         if not self._ids:
             raise ConfigError(f"{path.name} lists no id; write one a line", param="split")
 
-    def __contains__(self, id_: str) -> bool:
+    def __contains__(self, id_: object) -> bool:
         return id_ in self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def check_all_in(self, known: IdSet | Iterable[str], place: str) -> None:
+    def check_all_in(self, known: Container[str], place: str) -> None:
         """Checks that all listed ids are known.
 
         Args:
@@ -99,8 +166,7 @@ class IdList:
         Raises:
             ConfigError: some are not; names the first, and how many.
         """
-        ids = known if isinstance(known, IdSet) else set(known)
-        absent = [(number, id_) for number, id_ in numbered_lines(self.path) if id_ not in ids]
+        absent = [(number, id_) for number, id_ in numbered_lines(self.path) if id_ not in known]
         if absent:
             number, id_ = absent[0]
             raise ConfigError(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import ConfigError
 from serving.posts.post import Post
-from serving.posts.reader import Reading, StreamedPosts
+from serving.posts.reader import Found, Posts, Reading, RowError, told_id
 from serving.structures import LabelStructure
 
 _IMAGE = "<image>"
@@ -49,7 +49,7 @@ class Conversation(BaseModel):
         return next((turn.value for turn in self.conversations if turn.speaker == speaker), None)
 
 
-class LlavaPosts(StreamedPosts):
+class LlavaPosts(Posts):
     """A post a conversation: its first question is the text, its first answer the labels.
 
     The file is streamed, not loaded. Image paths are relative to it. An entry without id is
@@ -79,16 +79,15 @@ class LlavaPosts(StreamedPosts):
         """Whether the source has this layout."""
         return source.is_file() and source.suffix.lower() == ".json"
 
-    def _found(self) -> Iterator[tuple[str, Post]]:
-        for number, entry in enumerate(self._entries(), start=1):
+    def _found(self) -> Iterator[Found]:
+        for number, entry in enumerate(self._listed(), start=1):
             where = f"entry {number}"
             try:
-                conversation = Conversation.model_validate(entry)
-            except ValidationError as error:
-                raise self._fault(where, _explain(error)) from error
-            yield where, self._post(where, number, conversation)
+                yield where, self._post(number, _conversation(entry))
+            except RowError as error:
+                yield where, self._unreadable(where, error, told_id(entry))
 
-    def _entries(self) -> Iterator[object]:
+    def _listed(self) -> Iterator[object]:
         number = 0
         with self.source.open("rb") as file:
             if file.read(3) != b"\xef\xbb\xbf":
@@ -100,23 +99,28 @@ class LlavaPosts(StreamedPosts):
                 reason = " ".join(str(error).split())
                 raise self._fault(f"entry {number + 1}", f"is not JSON: {reason:.200}") from error
 
-    def _post(self, where: str, number: int, conversation: Conversation) -> Post:
+    def _post(self, number: int, conversation: Conversation) -> Post:
         question = conversation.first("human")
         if question is None:
-            raise self._fault(where, "no turn is from 'human', so there is no text")
+            raise RowError("no turn is from 'human', so there is no text")
         images = conversation.images
         if question.count(_IMAGE) not in (0, len(images)):
-            raise self._fault(
-                where, f"{question.count(_IMAGE)} times {_IMAGE} and {len(images)} images"
-            )
+            raise RowError(f"{question.count(_IMAGE)} times {_IMAGE} and {len(images)} images")
         structure = self.reading.structure
         text = re.sub(rf"(\s*{_IMAGE})+\s*", "\n", question).strip()
         return Post(
             id=str(number if conversation.id is None else conversation.id),
             text=_asked(structure, text),
-            images=tuple(self._image(where, image) for image in images),
+            images=tuple(self._image(image) for image in images),
             labels=_labels(structure, conversation.first("gpt")),
         )
+
+
+def _conversation(entry: object) -> Conversation:
+    try:
+        return Conversation.model_validate(entry)
+    except ValidationError as error:
+        raise RowError(_explain(error)) from error
 
 
 def _asked(structure: LabelStructure | None, question: str) -> str:

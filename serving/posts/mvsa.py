@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serving.errors import ConfigError
-from serving.posts.post import IMAGE_SUFFIXES, Post
-from serving.posts.reader import Posts, Reading
+from serving.posts.post import IMAGE_SUFFIXES, Post, Unreadable
+from serving.posts.reader import Found, Posts, Reading, RowError
 from serving.posts.texts import numbered_lines
 from serving.structures import SENTIMENTS
 
@@ -57,31 +58,68 @@ class MvsaPosts(Posts):
                 f"data={source.name!r} has {MVSA_LABELS} but no folder data/ of ID.jpg, ID.txt",
                 param="data",
             )
-        rows = dict(_read_labels(source / MVSA_LABELS))
+        rows = list(_read_rows(source / MVSA_LABELS))
+        self._rows = [row for row in rows if row.is_agreed]
+        num_left_out = len(rows) - len(self._rows)
         if reading.chosen is not None:
-            agreed = [id_ for id_, labels in rows.items() if labels is not None]
-            reading.chosen.check_all_in(agreed, _place(len(rows) - len(agreed)))
-            rows = {id_: labels for id_, labels in rows.items() if id_ in reading.chosen}
-        self._rows = {id_: labels for id_, labels in rows.items() if labels is not None}
-        self.num_left_out = len(rows) - len(self._rows)
-        self.num_posts = len(self._rows)
+            reading.chosen.check_all_in({row.id for row in self._rows}, _place(num_left_out))
+            num_left_out = sum(not row.is_agreed and row.id in reading.chosen for row in rows)
+        else:
+            self.num_posts = len(self._rows)
+        self.num_left_out = num_left_out
 
     @staticmethod
     def matches(source: Path) -> bool:
         """Whether the source has this layout."""
         return (source / MVSA_LABELS).is_file()
 
-    def _read(self) -> Iterator[Post]:
+    def _found(self) -> Iterator[Found]:
+        for row in self._rows:
+            where = f"{MVSA_LABELS} line {row.number}"
+            try:
+                yield where, self._post(where, row)
+            except RowError as error:
+                yield where, self._unreadable(where, error, row.id or None)
+
+    def _post(self, where: str, row: _Row) -> Post | Unreadable:
+        if row.error:
+            raise row.error
         data = self.source / "data"
-        for id_, labels in self._rows.items():
-            text = data / f"{id_}.txt"
-            paths = [data / f"{id_}{suffix}" for suffix in IMAGE_SUFFIXES]
-            yield Post(
-                id=id_,
-                text=self._read_text(text) if text.exists() else "",
-                images=(next((path for path in paths if path.exists()), paths[0]),),
-                labels=labels,
-            )
+        text = data / f"{row.id}.txt"
+        paths = [data / f"{row.id}{suffix}" for suffix in IMAGE_SUFFIXES]
+        image = next((path for path in paths if path.exists()), paths[0])
+        post = Post(id=row.id, images=(image,), labels=row.labels or {})
+        if text.exists():
+            return replace(post, text=self._read_text(text))
+        message = self._said(where, f"text {text.name!r} is not there")
+        return _Textless(id=row.id, message=message, post=post)
+
+    def _post_of(self, entry: Post | Unreadable) -> Post:
+        """A post without its text is not readable, and one by its image to who wants posts only."""
+        if isinstance(entry, _Textless):
+            return replace(entry.post, id=entry.id)
+        return super()._post_of(entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Textless(Unreadable):
+    """A post whose text is not there."""
+
+    post: Post
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of the table: labels, None where the annotators differ, or what is wrong with it."""
+
+    number: int
+    id: str
+    labels: Mapping[str, str] | None = None
+    error: RowError | None = None
+
+    @property
+    def is_agreed(self) -> bool:
+        return self.labels is not None or self.error is not None
 
 
 def _place(num_left_out: int) -> str:
@@ -90,31 +128,36 @@ def _place(num_left_out: int) -> str:
     return f"{MVSA_LABELS} (where {num_left_out} are left out, as the annotators all differ)"
 
 
-def _read_labels(path: Path) -> Iterator[tuple[str, dict[str, str] | None]]:
-    """Labels by id of `ID<tab>text,image...` lines under a header, None where none is agreed."""
-    num_cells, seen = 0, set()
+def _read_rows(path: Path) -> Iterator[_Row]:
+    """Rows of `ID<tab>text,image...` lines under a header."""
+    num_cells = 0
     for number, line in numbered_lines(path):
         cells = [cell.strip() for cell in re.split("[\t,]", line)]
-        where = f"{path.name} line {number}: {line[:80]!r}"
         if number == 1:
             num_cells = len(cells)
-            pairs = (num_cells - 1) // 2
-            known = num_cells in _NUM_ANNOTATORS
-            if not known or [cell.lower() for cell in cells] != ["id", *_PAIR * pairs]:
-                raise ConfigError(
-                    f"{where}, expected the header 'ID<tab>text,image' (MVSA-Single), or one with "
-                    "three times '<tab>text,image' (MVSA-Multiple)"
-                )
-            continue
-        if not num_cells:
-            raise ConfigError(f"{where}, expected the header in line 1")
-        if len(cells) != num_cells or not cells[0] or not {*cells[1:]} <= {*SENTIMENTS}:
+            _check_header(path, line, cells)
+        elif not num_cells:
+            raise ConfigError(
+                f"{path.name} line {number}: {line[:80]!r}, expected the header in line 1"
+            )
+        elif len(cells) != num_cells or not cells[0] or not {*cells[1:]} <= {*SENTIMENTS}:
             expected = "ID" + "<tab>text,image" * ((num_cells - 1) // 2)
-            raise ConfigError(f"{where}, expected {expected!r} with labels {', '.join(SENTIMENTS)}")
-        if cells[0] in seen:
-            raise ConfigError(f"{where}: id={cells[0]!r} is there twice; ids must be unique")
-        seen.add(cells[0])
-        yield cells[0], _labels(text=majority(cells[1::2]), image=majority(cells[2::2]))
+            error = f"{line[:80]!r}, expected {expected!r} with labels {', '.join(SENTIMENTS)}"
+            id_ = cells[0] if len(cells) > 1 else ""
+            yield _Row(number=number, id=id_, error=RowError(error))
+        else:
+            labels = _labels(text=majority(cells[1::2]), image=majority(cells[2::2]))
+            yield _Row(number=number, id=cells[0], labels=labels)
+
+
+def _check_header(path: Path, line: str, cells: list[str]) -> None:
+    pairs = (len(cells) - 1) // 2
+    known = len(cells) in _NUM_ANNOTATORS
+    if not known or [cell.lower() for cell in cells] != ["id", *_PAIR * pairs]:
+        raise ConfigError(
+            f"{path.name} line 1: {line[:80]!r}, expected the header 'ID<tab>text,image' "
+            "(MVSA-Single), or one with three times '<tab>text,image' (MVSA-Multiple)"
+        )
 
 
 def _labels(*, image: str | None, text: str | None) -> dict[str, str] | None:

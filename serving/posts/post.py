@@ -28,3 +28,17 @@ class Post:
     def image_bytes(self) -> list[bytes]:
         """The encoded images; reads files only now."""
         return [item if isinstance(item, bytes) else item.read_bytes() for item in self.images]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """A row that is no post.
+
+    Attributes:
+        id: the row's own where that can be told, else its place, such as `line 3`; unique among
+            the ids of the posts of its source.
+        message: the file, the place in it, what is wrong and what is allowed.
+    """
+
+    id: str
+    message: str

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from serving.errors import BadRequestError, ConfigError
 from serving.images import ImageLimits, read_data_url
-from serving.posts.ids import IdList, IdSet
-from serving.posts.post import Post
+from serving.posts.ids import Duplicates, IdList, IdsInUse
+from serving.posts.post import Post, Unreadable
 from serving.posts.texts import read_text
 from serving.structures import LabelStructure
 
@@ -26,12 +27,22 @@ class Reading:
         part: only this part of a source that is published in parts.
         fields: our name of a field to the source's, for rows of the user's own.
         structure: parses answers that stand as one text.
+        duplicates: what to do with an id that was there before.
     """
 
     chosen: IdList | None = None
     part: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     structure: LabelStructure | None = None
+    duplicates: Duplicates = "error"
+
+
+class RowError(Exception):
+    """A row that is no post: what is wrong with it, without its place."""
+
+
+Found = tuple[str, Post | Unreadable]
+"""A place for messages, such as `line 3`, and what stands there."""
 
 
 class Posts(ABC):
@@ -40,6 +51,7 @@ class Posts(ABC):
     Attributes:
         num_posts: how many there are, None where only reading tells.
         num_not_utf8: how many texts read in the last iteration were not UTF-8.
+        num_duplicates: how many posts of the last iteration had an id that was there before.
         num_left_out: how many posts the data set's own rule leaves out.
     """
 
@@ -47,16 +59,60 @@ class Posts(ABC):
     has_own_names: ClassVar[bool] = False
     """Whether `Reading.fields` may say how the source calls its fields."""
 
+    _is_odd = False
+    """Whether some text of the post being read was not UTF-8."""
+
     def __init__(self, source: Path, reading: Reading) -> None:
         self.source = source
         self.reading = reading
         self.num_posts = None if reading.chosen is None else len(reading.chosen)
         self.num_not_utf8 = 0
+        self.num_duplicates = 0
         self.num_left_out = 0
 
     def __iter__(self) -> Iterator[Post]:
-        self.num_not_utf8 = 0
-        return self._read()
+        for entry in self.entries():
+            yield self._post_of(entry)
+
+    def entries(self) -> Iterator[Post | Unreadable]:
+        """Posts, and in their places the rows that are none.
+
+        A row that is not readable does not end the reading; what concerns the whole source does.
+
+        Raises:
+            ConfigError: the source cannot be read, or an id is there twice where that is an error.
+        """
+        self.num_not_utf8 = self.num_duplicates = 0
+        self._is_odd = False
+        return self._entries()
+
+    def _post_of(self, entry: Post | Unreadable) -> Post:
+        if isinstance(entry, Unreadable):
+            raise ConfigError(entry.message)
+        return entry
+
+    def _entries(self) -> Iterator[Post | Unreadable]:
+        chosen, is_all_told = self.reading.chosen, True
+        with closing(IdsInUse(self.reading.duplicates)) as ids:
+            for where, entry in self._found():
+                is_told = isinstance(entry, Post) or entry.id != where
+                is_all_told &= is_told
+                id_ = self._claim(ids, where, entry.id) if is_told else ids.invent(where)
+                is_odd, self._is_odd = self._is_odd, False
+                self.num_duplicates = ids.num_duplicates
+                if id_ is None or (is_told and chosen is not None and id_ not in chosen):
+                    continue
+                self.num_not_utf8 += is_odd
+                yield entry if id_ is entry.id else replace(entry, id=id_)
+            # An id that is listed may be that of a row which could not be read that far.
+            if chosen is not None and is_all_told:
+                chosen.check_all_in(ids.seen, self.source.name)
+
+    def _claim(self, ids: IdsInUse, where: str, id_: str) -> str | None:
+        try:
+            return ids.claim(id_)
+        except ValueError as error:
+            raise self._fault(where, str(error)) from error
 
     @staticmethod
     @abstractmethod
@@ -69,55 +125,43 @@ class Posts(ABC):
         return []
 
     @abstractmethod
-    def _read(self) -> Iterator[Post]: ...
+    def _found(self) -> Iterator[Found]:
+        """All rows of the source, whatever their ids."""
+
+    def _fault(self, where: str, message: object) -> ConfigError:
+        return ConfigError(self._said(where, message))
+
+    def _unreadable(self, where: str, error: RowError, id_: str | None = None) -> Unreadable:
+        """A row that is no post; without an id of its own it is called by its place."""
+        return Unreadable(id=where if id_ is None else id_, message=self._said(where, error))
+
+    def _said(self, where: str, message: object) -> str:
+        return f"{self.source.name} {where}: {message}"
 
     def _read_text(self, path: Path) -> str:
         try:
             text, is_odd = read_text(path)
         except OSError as error:
-            raise ConfigError(f"text {path.name!r} cannot be read: {error.strerror}") from error
-        self.num_not_utf8 += is_odd
+            raise RowError(f"text {path.name!r} cannot be read: {error.strerror}") from error
+        self._is_odd |= is_odd
         return text
 
-
-class StreamedPosts(Posts):
-    """Posts whose ids only reading tells: checked to be unique, and chosen, on the way."""
-
-    _is_odd = False
-    """Whether some text of the post being read was not UTF-8."""
-
-    def _read(self) -> Iterator[Post]:
-        chosen, seen = self.reading.chosen, IdSet()
-        self._is_odd = False
-        for where, post in self._found():
-            if not seen.add(post.id):
-                raise self._fault(where, f"id={post.id!r} is there twice; ids must be unique")
-            is_odd, self._is_odd = self._is_odd, False
-            if chosen is None or post.id in chosen:
-                self.num_not_utf8 += is_odd
-                yield post
-        if chosen is not None:
-            chosen.check_all_in(seen, self.source.name)
-        seen.close()
-
-    @abstractmethod
-    def _found(self) -> Iterator[tuple[str, Post]]:
-        """All posts of the source, each with its place for messages, such as `line 3`."""
-
-    def _fault(self, where: str, message: str) -> ConfigError:
-        return ConfigError(f"{self.source.name} {where}: {message}")
-
-    def _image(self, where: str, image: str) -> Path | bytes:
+    def _image(self, image: str) -> Path | bytes:
         """An image as a row spells it: a path relative to the source's folder, or a data URL."""
         if image.startswith("data:"):
             try:
                 return read_data_url(image, ImageLimits(max_bytes=sys.maxsize), "image")
             except BadRequestError as error:
-                raise self._fault(where, error.message) from error
+                raise RowError(error.message) from error
         if not image or "://" in image:
-            raise self._fault(
-                where,
+            raise RowError(
                 f"image={image[:80]!r}; allowed are a path relative to {self.source.name} and a "
                 "data URL (data:image/jpeg;base64,...)",
             )
         return self.source.parent / image
+
+
+def told_id(values: object, name: str = "id") -> str | None:
+    """The id of a row that is no post, where it has one that could be a post's."""
+    id_ = values.get(name) if isinstance(values, dict) else None
+    return str(id_) if isinstance(id_, str | int) and not isinstance(id_, bool) else None

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from serving.errors import ConfigError
 from serving.posts.folder import FolderPosts
-from serving.posts.ids import IdList, list_path, listed_splits
+from serving.posts.ids import Duplicates, IdList, list_path, listed_splits
+from serving.posts.jsonl import JsonlPosts
 from serving.posts.llava import LlavaPosts
 from serving.posts.mvsa import MvsaPosts
 from serving.posts.reader import Posts, Reading
-from serving.posts.rows import CsvPosts, JsonlPosts
+from serving.posts.table import CsvPosts
 from serving.posts.twitter import TwitterPosts
 from serving.structures import LabelStructure
 
@@ -32,6 +33,7 @@ def read_posts(
     split: str | Path | None = None,
     fields: Mapping[str, str] | None = None,
     structure: LabelStructure | None = None,
+    duplicates: Duplicates = "error",
 ) -> Posts:
     """Posts of a source in any of `LAYOUTS`, checked now as far as possible and read as asked for.
 
@@ -42,6 +44,9 @@ def read_posts(
         fields: what JSONL and CSV of the user's own call our fields, such as
             `{"text": "tweet", "labels.sentiment": "y"}`.
         structure: parses the answers of conversations; other layouts name labels by field.
+        duplicates: of posts with one id, refuse them ("error"), keep the first and count the
+            others ("first"), or call the others `id#2`, `id#3`, ... ("rename"). Lists of a split
+            name ids as they are after that.
 
     Raises:
         ConfigError: the source has none of the layouts, or something in it is wrong; the latter
@@ -58,8 +63,16 @@ def read_posts(
         )
     part = split if isinstance(split, str) and split in layout.parts(source) else None
     chosen = None if split is None or part is not None else _find_list(source, split)
-    reading = Reading(chosen=chosen, part=part, fields=fields or {}, structure=structure)
-    return layout(source, reading)
+    return layout(
+        source,
+        Reading(
+            chosen=chosen,
+            part=part,
+            fields=fields or {},
+            structure=structure,
+            duplicates=duplicates,
+        ),
+    )
 
 
 def find_layout(source: Path) -> type[Posts]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from serving.errors import ConfigError
 from serving.posts.post import Post
-from serving.posts.reader import Reading, StreamedPosts
+from serving.posts.reader import Found, Posts, Reading, RowError
 from serving.posts.texts import decoded_lines
 
 PARTS = ("train", "dev", "test")
@@ -21,7 +21,7 @@ PLACE = "$T$"
 """Stands in the sentence for its aspect."""
 
 
-class TwitterPosts(StreamedPosts):
+class TwitterPosts(Posts):
     """A post a row: the sentence with its aspect in place, then a line `Aspect: ...`.
 
     The label is `sentiment`, the one towards the aspect. Ids are `train-12`, by part and index.
@@ -45,7 +45,7 @@ class TwitterPosts(StreamedPosts):
         """The published parts that are there."""
         return [part for part in PARTS if (source / f"{part}.tsv").is_file()]
 
-    def _found(self) -> Iterator[tuple[str, Post]]:
+    def _found(self) -> Iterator[Found]:
         for part in self._parts:
             path = self.source / f"{part}.tsv"
             for number, line, is_odd in decoded_lines(path):
@@ -55,23 +55,29 @@ class TwitterPosts(StreamedPosts):
                 if number == 1:
                     self._check_header(where, cells)
                 elif line.strip():
-                    yield where, self._post(where, part, cells)
+                    yield self._row(where, part, cells)
 
     def _check_header(self, where: str, cells: list[str]) -> None:
         if cells[0].lower() != "index":
             raise self._fault(where, f"{cells!r:.120}, expected a header that starts with 'index'")
 
-    def _post(self, where: str, part: str, cells: list[str]) -> Post:
+    def _row(self, where: str, part: str, cells: list[str]) -> Found:
+        try:
+            return where, self._post(part, cells)
+        except RowError as error:
+            id_ = f"{part}-{cells[0]}" if cells[0].isdecimal() else None
+            return where, self._unreadable(where, error, id_)
+
+    def _post(self, part: str, cells: list[str]) -> Post:
         if len(cells) != 5 or not cells[0].isdecimal() or cells[1] not in LABELS or not cells[2]:
-            raise self._fault(
-                where,
+            raise RowError(
                 f"{cells!r:.120}, expected 'index<tab>label<tab>image<tab>sentence<tab>aspect' "
                 f"with labels {', '.join(f'{k} ({v})' for k, v in LABELS.items())}",
             )
         index, label, image, sentence, aspect = cells
         if not aspect or PLACE in aspect:
-            raise self._fault(
-                where, f"aspect={aspect!r:.80}; it stands after the sentence, which has {PLACE}"
+            raise RowError(
+                f"aspect={aspect!r:.80}; it stands after the sentence, which has {PLACE}"
             )
         return Post(
             id=f"{part}-{index}",

@@ -66,7 +66,7 @@ def test_a_table_of_another_number_of_annotators_is_refused(
     header: str, pairs: list[str], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        read_posts(write_multiple(tmp_path, {"1": pairs}, header))
+        list(read_posts(write_multiple(tmp_path, {"1": pairs}, header)))
 
 
 def test_a_table_without_its_folder_is_no_folder_of_pairs(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""JSONL, an object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from serving.errors import ConfigError
+from serving.posts.reader import RowError
+from serving.posts.rows import Row, RowPosts
+
+
+class JsonlPosts(RowPosts):
+    """A JSON object a line; a post without id is called by its line number."""
+
+    description = "a .jsonl file of objects with text, image or images, and id, labels if known"
+    columns = ("id", "text", "image", "images")
+
+    @staticmethod
+    def matches(source: Path) -> bool:
+        """Whether the source has this layout."""
+        return source.is_file() and source.suffix.lower() in (".jsonl", ".ndjson")
+
+    def _rows(self) -> Iterator[tuple[int, object]]:
+        never_met = {*self.reading.fields.values()}
+        number = 0
+        for number, line in enumerate(self._lines(), start=1):
+            if not line.strip():
+                continue
+            values = self._parsed(line)
+            if self.reading.fields and isinstance(values, dict):
+                never_met.difference_update(values)
+                values = self._under_our_names(values)
+            yield number, values
+        if number and never_met:
+            raise ConfigError(
+                f"fields names {min(never_met)!r}, which no row of {self.source.name} has",
+                param="fields",
+            )
+
+    def _parsed(self, line: str) -> Any:
+        try:
+            return self._mend(json.loads(line), line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            return RowError(f"{line.strip()[:80]!r} is not a JSON object ({error})")
+
+    def _under_our_names(self, row: dict[str, Any]) -> dict[str, Any]:
+        fields = self.reading.fields
+        values = {name: row[name] for name in Row.model_fields if name in row}
+        values |= {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
+        named = {name: values.pop(name) for name in fields if "." in name and name in values}
+        labels = {} if values.get("labels") is None else values["labels"]
+        if named and isinstance(labels, dict):
+            own = {name.removeprefix("labels."): label for name, label in named.items()}
+            values["labels"] = {**labels, **own}
+        return values
+
+    def _mend(self, values: object, line: str) -> object:
+        """Half emoji, as left by cutting texts in UTF-16, become question marks and are counted."""
+        if r"\ud" not in line.lower():
+            return values
+        spelled = json.dumps(values, ensure_ascii=False)
+        whole = spelled.encode(errors="replace").decode()
+        self._is_odd |= whole != spelled
+        return json.loads(whole)
