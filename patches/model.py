@@ -86,30 +86,32 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self, pixels: Tensor, kept: list[int], selectors: list[str], seeds: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Features `(N, P, D)` of the images, and the `(K,)` indices each keeps."""
-        num_patches = self._num_patches
         needs_cls = any(
-            SELECTORS[selector].needs_cls and count < num_patches
+            SELECTORS[selector].needs_cls and count < self._num_patches
             for selector, count in zip(selectors, kept, strict=True)
         )
+        features, views = self.view_patches(pixels, kept, seeds, needs_cls=needs_cls)
+        indices = [select(name, view) for name, view in zip(selectors, views, strict=True)]
+        return features, indices
+
+    def view_patches(
+        self, pixels: Tensor, kept: list[int], seeds: list[int], *, needs_cls: bool
+    ) -> tuple[Tensor, list[PatchView]]:
+        """Features `(N, P, D)` of the images, and what selectors may look at, an image each."""
         features, attention = self.cls_tower(
             pixels.to(self.vision_tower.dtype), needs_cls=needs_cls
         )
-        indices = [
-            select(
-                selector,
-                PatchView(
-                    features=features[image],
-                    cls_attention=attention[image],
-                    feature_layer=self.cls_tower.feature_layer,
-                    num_kept=count,
-                    seed=seed,
-                ),
+        views = [
+            PatchView(
+                features=features[image],
+                cls_attention=attention[image],
+                feature_layer=self.cls_tower.feature_layer,
+                num_kept=count,
+                seed=seed,
             )
-            for image, (selector, count, seed) in enumerate(
-                zip(selectors, kept, seeds, strict=True)
-            )
+            for image, (count, seed) in enumerate(zip(kept, seeds, strict=True))
         ]
-        return features, indices
+        return features, views
 
     @property
     def _num_patches(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -81,6 +82,16 @@ class SieveProcessor(LlavaMultiModalProcessor):
         """The checkpoint's image processing (crop or pad, size, mean), as a short hash."""
         settings = self.info.get_hf_processor().image_processor.to_json_string()
         return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+
+    def look_at(self, images: Sequence[Image.Image], retention: Retention) -> BatchFeature:
+        """What a request with these images sends to the worker, past every cache.
+
+        Returns:
+            `pixel_values` `(N, 3, H, W)` in the model's dtype; `num_kept`, `selector` (a position
+            in `SELECTORS`) and `seed`, `(N,)` each.
+        """
+        items = self.info.parse_mm_data({"image": list(images)})
+        return self._apply_hf_processor_main(items, retention.processor_kwargs())
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

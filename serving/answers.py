@@ -8,8 +8,8 @@ from typing import Any
 from serving.adapter_states import AdapterStatus, State
 from serving.catalogue import Catalogue, Choices
 from serving.labeler import LabelResult
-from serving.protocol import Adapter
-from serving.schema import LabelResponse, Retained, Usage
+from serving.protocol import Adapter, Explanation
+from serving.schema import ImageExplanation, LabelResponse, Retained, Usage
 
 
 def label_response(
@@ -23,6 +23,7 @@ def label_response(
         "queue": generated.queue_ms,
         "prefill": generated.prefill_ms,
         "decode": generated.decode_ms,
+        **({} if result.explanations is None else {"explain": result.explain_ms}),
         "total": image_ms + result.total_ms,
     }
     return LabelResponse(
@@ -44,6 +45,20 @@ def label_response(
             prompt_tokens_details={"cached_tokens": generated.num_cached_tokens},
         ),
         timing_ms={name: round(value, 3) for name, value in timing.items()},
+        explanations=None
+        if result.explanations is None
+        else [_explained(one) for one in result.explanations],
+    )
+
+
+def _explained(explanation: Explanation) -> ImageExplanation:
+    """The body's numbers: six digits of a score are more than half precision has."""
+    return ImageExplanation(
+        grid=explanation.grid,
+        box=tuple(round(edge, 2) for edge in explanation.box),  # type: ignore[arg-type]
+        scores=[float(f"{score:.6g}") for score in explanation.scores],
+        cls_attention=[float(f"{score:.6g}") for score in explanation.cls_attention],
+        kept=explanation.kept,
     )
 
 

@@ -110,7 +110,7 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
             min(body.timeout_s or settings.request_timeout_s, settings.request_timeout_s)
         )
 
-    @app.post("/v1/label", response_model=LabelResponse)
+    @app.post("/v1/label", response_model=LabelResponse, response_model_exclude_none=True)
     async def label(body: LabelRequest, request: Request) -> Any:
         """Labels one post with probabilities."""
         with turnstile.passage(), metrics.latency.labels("label").time():
@@ -127,7 +127,9 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
             )
             request_id = f"label-{uuid.uuid4().hex}"
             result = await until_answered(
-                request, deadline, labeler.label(body.text, images, choices, request_id)
+                request,
+                deadline,
+                labeler.label(body.text, images, choices, request_id, explain=body.explain),
             )
         answer = label_response(request_id, result, info.num_patches, image_ms)
         metrics.labelled(answer)

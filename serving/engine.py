@@ -25,9 +25,18 @@ from serving.errors import (
     SieveError,
 )
 from serving.facts import engine_info
+from serving.geometry import explained
 from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
-from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation, LoraRoom
+from serving.protocol import (
+    Adapter,
+    ChatCall,
+    EngineInfo,
+    Explanation,
+    Generated,
+    Generation,
+    LoraRoom,
+)
 from serving.settings import Settings
 from serving.streams import held_stream, without_leading_space
 
@@ -143,6 +152,30 @@ class VllmEngine:
             )
             (output,) = [output async for output in outputs]
         return _read_output(output)
+
+    async def explain(self, request: Generation) -> list[Explanation]:
+        """Which patches the request's images keep: the tower once more, past all caches."""
+        renderer = self._llm.renderer
+        async with self._serving(None):
+            # VLLM processes images in this one thread, so that no two run at once.
+            seen = await asyncio.get_running_loop().run_in_executor(
+                renderer._mm_executor,
+                renderer.mm_processor.look_at,
+                request.images,
+                request.retention,
+            )
+            pixels = seen["pixel_values"].float()
+            args = (
+                pixels.numpy().tobytes(),
+                list(pixels.shape),
+                seen["num_kept"].tolist(),
+                [request.retention.selector] * len(pixels),
+                seen["seed"].tolist(),
+            )
+            (found, *_) = await self._llm.collective_rpc("sieve_explain", args=args)
+        processor = renderer.mm_processor.info.get_hf_processor().image_processor
+        patch_size = self._llm.model_config.hf_config.vision_config.patch_size
+        return explained(found, request.images, processor.to_dict(), patch_size, pixels.shape)
 
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
         """Answers through vLLM's own OpenAI chat class."""

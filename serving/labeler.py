@@ -14,14 +14,14 @@ from serving.catalogue import Catalogue, Choices, Resolved
 from serving.constraint import Constraint, compile_structure, decisive_depth
 from serving.errors import ConfigError
 from serving.prompts import encode, encode_answer, render_chat, render_prompt
-from serving.protocol import Engine, Generated, Generation
+from serving.protocol import Engine, Explanation, Generated, Generation
 from serving.scoring import Scores, score, walk
 from serving.structures import LabelStructure
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelResult:
-    """A labelled post and what it cost."""
+    """A labelled post and what it cost; `explanations` only where they were asked for."""
 
     settings: Resolved
     scores: Scores
@@ -29,6 +29,8 @@ class LabelResult:
     generated: Generated
     num_passes: int
     total_ms: float
+    explanations: list[Explanation] | None = None
+    explain_ms: float = 0.0
 
 
 class Labeler:
@@ -67,9 +69,15 @@ class Labeler:
             raise ConfigError(str(error)) from error
 
     async def label(
-        self, text: str, images: list[Image.Image], choices: Choices, request_id: str = ""
+        self,
+        text: str,
+        images: list[Image.Image],
+        choices: Choices,
+        request_id: str = "",
+        *,
+        explain: bool = False,
     ) -> LabelResult:
-        """Labels one post.
+        """Labels one post; with `explain`, also says which patches it kept.
 
         Raises:
             SieveError: the request cannot be served.
@@ -91,6 +99,11 @@ class Labeler:
         generated = await self.engine.generate(request)
         scores = score(constraint, generated.token_ids, generated.logprobs)
         passes = 1 + await self._resolve_shared(request, constraint, scores)
+        explanations, explain_ms = None, 0.0
+        if explain:
+            asked = time.perf_counter()
+            explanations = await self.engine.explain(request) if images else []
+            explain_ms = 1e3 * (time.perf_counter() - asked)
         return LabelResult(
             settings=settings,
             scores=scores,
@@ -98,6 +111,8 @@ class Labeler:
             generated=generated,
             num_passes=passes,
             total_ms=1e3 * (time.perf_counter() - started),
+            explanations=explanations,
+            explain_ms=explain_ms,
         )
 
     async def _resolve_shared(

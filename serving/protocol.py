@@ -129,6 +129,26 @@ class Generated:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Which patches of one image a request kept, and why.
+
+    Attributes:
+        grid: rows and columns of patches; they are counted row by row.
+        box: left, top, right and bottom of that grid in pixels of the image as it was given. Inside
+            it where the checkpoint crops, partly outside where it pads.
+        scores: one number a patch; the selector kept the highest.
+        cls_attention: a patch's mean [CLS] attention, whatever the selector.
+        kept: indices of the kept patches, ascending.
+    """
+
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float]
+    scores: list[float]
+    cls_attention: list[float]
+    kept: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatCall:
     """One OpenAI chat request, admitted and resolved.
 
@@ -158,6 +178,12 @@ class Engine(Protocol):
 
     async def generate(self, request: Generation) -> Generated:
         """Decodes one answer; cancelling the call stops the engine's work for it."""
+
+    async def explain(self, request: Generation) -> list[Explanation]:
+        """Which patches `generate` keeps of the request's images, in order.
+
+        One more pass of the tower. It neither reads nor fills a cache.
+        """
 
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
         """Answers a chat: a completion, or server-sent events where the body asks to stream."""

@@ -46,6 +46,9 @@ class LabelRequest(RetentionFields):
     )
     text: str = ""
     model: str | None = Field(None, description="the base model or an adapter")
+    explain: bool = Field(
+        False, description="also answer which patches of each image were kept, and their scores"
+    )
 
     @property
     def images(self) -> list[str]:
@@ -83,6 +86,21 @@ class Usage(BaseModel):
     prompt_tokens_details: dict[str, int]
 
 
+class ImageExplanation(BaseModel):
+    """Which patches of one image were kept, and why.
+
+    The grid is counted row by row. `box` is its left, top, right and bottom in pixels of the image
+    as it was sent, turned as EXIF says: inside it where the checkpoint crops, partly outside where
+    it pads.
+    """
+
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float]
+    scores: list[float]
+    cls_attention: list[float]
+    kept: list[int]
+
+
 class LabelResponse(BaseModel):
     """Answer of `POST /v1/label`.
 
@@ -98,6 +116,7 @@ class LabelResponse(BaseModel):
     retention: Retained
     usage: Usage
     timing_ms: dict[str, float]
+    explanations: list[ImageExplanation] | None = None  # where asked for; one an image
 
 
 class TextPart(Strict):

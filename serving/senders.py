@@ -77,7 +77,9 @@ class EngineSender(Sender):
         request_id = f"label-{uuid.uuid4().hex}"
         result = await self._labeler.label(post.text, images, self._choices, request_id)
         num_patches = self._labeler.engine.info.num_patches
-        return label_response(request_id, result, num_patches, image_ms).model_dump()
+        return label_response(request_id, result, num_patches, image_ms).model_dump(
+            exclude_none=True
+        )
 
 
 def _check_size(param: str, size: int, unit: str, allowed: int) -> None:

@@ -31,7 +31,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serving.errors import BadRequestError, EngineDeadError, OverloadedError, SieveError
 from serving.metrics import Metrics
-from serving.protocol import ChatCall, EngineInfo, Generated, Generation
+from serving.protocol import ChatCall, EngineInfo, Explanation, Generated, Generation
 
 logger = logging.getLogger("sieve")
 T = TypeVar("T")
@@ -67,6 +67,15 @@ class RayEngine:
 
         async def send() -> Generated:
             return await answered(handle.generate.remote(request, time.time()))
+
+        return await self._persistently(request, send)
+
+    async def explain(self, request: Generation) -> list[Explanation]:
+        """Which patches the request's images keep, on another engine if one is lost."""
+        handle = self._handle_for(request)
+
+        async def send() -> list[Explanation]:
+            return await answered(handle.explain.remote(request, time.time()))
 
         return await self._persistently(request, send)
 

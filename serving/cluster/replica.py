@@ -27,7 +27,7 @@ from serving.errors import EngineDeadError, SieveError
 from serving.following import follow_with_engine
 from serving.labeler import Labeler
 from serving.metrics import EngineMetrics
-from serving.protocol import ChatCall, EngineInfo, Generated, Generation
+from serving.protocol import ChatCall, EngineInfo, Explanation, Generated, Generation
 from serving.server import catalogue_of, load_tokenizer, warm_up
 
 logger = logging.getLogger("sieve.engine")
@@ -99,6 +99,16 @@ class EngineReplica:
             self._work.waited(seconds)
             self._metrics.queue_wait.observe(seconds)
             return generated
+
+    async def explain(self, request: Generation, sent_at: float) -> list[Explanation] | SieveError:
+        """Which patches the request's images keep."""
+        await self._living()
+        with self._work.of(request.retention, len(request.images), sent_at, self._engine):
+            try:
+                found: list[Explanation] = await self._engine.explain(request)
+            except SieveError as error:
+                return self._failed(request.request_id, error)
+            return found
 
     async def chat(self, call: ChatCall, sent_at: float) -> dict[str, Any] | SieveError:
         """Answers a chat in one piece."""

@@ -10,7 +10,8 @@ import outlines_core as oc
 
 from patches.canonical import compile_index
 from serving.errors import EngineDeadError
-from serving.protocol import EngineInfo, Generated, Generation
+from serving.geometry import explained
+from serving.protocol import EngineInfo, Explanation, Generated, Generation
 
 EOS = 2
 
@@ -58,6 +59,17 @@ class FakeEngine:
             prefill_ms=0.0,
             decode_ms=0.0,
         )
+
+    async def explain(self, request: Generation) -> list[Explanation]:
+        """Scores fall from the first patch to the last; images are cropped."""
+        total = self.info.num_patches
+        scores = [1 / (1 + index) for index in range(total)]
+        kept = list(range(request.retention.num_kept(total)))
+        found = {"scores": scores, "cls_attention": scores, "kept": kept}
+        side = math.isqrt(total) * 14
+        cropping = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        shape = (len(request.images), 3, side, side)
+        return explained([found] * len(request.images), request.images, cropping, 14, shape)
 
     async def chat(self, call):
         self.requests.append(call)
