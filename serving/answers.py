@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from patches.selection import SELECTORS
 from serving.adapter_states import AdapterStatus, State
 from serving.catalogue import Catalogue, Choices
 from serving.labeler import LabelResult
@@ -100,6 +101,18 @@ def _life(status: AdapterStatus | None, adapter: Adapter) -> dict[str, Any]:
         "state": status.state if status else None,
         "pinned": status.is_pinned if status else False,
         "engines": status.num_holders if status else None,
+    }
+
+
+def choices_card(catalogue: Catalogue, num_patches: int) -> dict[str, Any]:
+    """What a request may choose beside the model: structures, selectors; and an image's patches."""
+    return {
+        "label_structures": {
+            name: {field: list(labels) for field, labels in structure.fields.items()}
+            for name, structure in catalogue.structures.items()
+        },
+        "selectors": list(SELECTORS),
+        "patches": num_patches,
     }
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from serving.adapter_states import AdapterStatus
-from serving.answers import label_response, model_cards, status_card
+from serving.answers import choices_card, label_response, model_cards, status_card
 from serving.catalogue import Choices
 from serving.chat import build_call
 from serving.error_handlers import add_error_handlers
@@ -25,6 +25,7 @@ from serving.images import ImageDecoder, ImageLimits
 from serving.labeler import Labeler
 from serving.metrics import Metrics
 from serving.middleware import BodyLimit, RequestIds
+from serving.page import add_page
 from serving.protocol import ChatCall
 from serving.schema import (
     AdapterRequest,
@@ -85,8 +86,9 @@ def build_app(
     app.add_middleware(RequestIds, are_answered=is_behind_proxy)
     add_error_handlers(app, metrics)
     _add_answers(app, labeler, settings, metrics)
-    _add_adapters(app, bulletin, adapters)
+    _add_adapters(app, bulletin, adapters, labeler.engine.info.num_patches)
     _add_health(app, labeler, metrics, scrape)
+    add_page(app)
     return app
 
 
@@ -170,7 +172,7 @@ def _check_text(size: int, allowed: int, param: str) -> None:
         raise BadRequestError(f"{param} has {size} characters, allowed are {allowed}", param=param)
 
 
-def _add_adapters(app: FastAPI, bulletin: Bulletin, adapters: Adapters) -> None:
+def _add_adapters(app: FastAPI, bulletin: Bulletin, adapters: Adapters, num_patches: int) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The base model and its adapters, with what their manifests say and every state."""
@@ -178,6 +180,7 @@ def _add_adapters(app: FastAPI, bulletin: Bulletin, adapters: Adapters) -> None:
             "object": "list",
             "data": model_cards(bulletin.catalogue, bulletin.statuses),
             "adapters": [status_card(status) for status in bulletin.statuses],
+            **choices_card(bulletin.catalogue, num_patches),
         }
 
     @app.post("/v1/adapters")
