@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from patches.selection import num_kept
 from serving.errors import ConfigError
-from serving.posts import Post
+from serving.posts import ImageSource, Post
 from serving.prompts import encode, render_prompt
 from serving.structures import LabelStructure
 from train.model import Llava
@@ -44,7 +43,7 @@ class Example:
     prompt_ids: Sequence[int]
     answer_ids: Sequence[int]
     weights: Sequence[float]
-    images: tuple[Path | bytes, ...]
+    images: tuple[ImageSource | bytes, ...]
 
 
 class Examples(Dataset[Example]):
@@ -81,7 +80,7 @@ class Examples(Dataset[Example]):
         encoded: list[np.ndarray] = []
         kinds: list[int] = []
         self.ids: list[str] = []
-        self._images: list[tuple[Path | bytes, ...]] = []
+        self._images: list[tuple[ImageSource | bytes, ...]] = []
         for post in posts:
             labels = check_labels(structure, post)
             kind = known.setdefault(tuple(labels.values()), len(known))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from serving.posts import Post
+from serving.posts import ImageSource, Post
 from serving.prompts import encode, render_prompt
 from serving.structures import LabelStructure
 from train.decode import decode, pad_left
@@ -164,7 +163,7 @@ def with_other_images(
     """Posts without images, or each with those of another post that has as many."""
     if images == "none":
         return [replace(post, images=()) for post in posts]
-    others: dict[int, tuple[Path | bytes, ...]] = {}
+    others: dict[int, tuple[ImageSource | bytes, ...]] = {}
     by_count: dict[int, list[int]] = {}
     for index, post in enumerate(posts):
         by_count.setdefault(len(post.images), []).append(index)

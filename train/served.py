@@ -18,7 +18,7 @@ import httpx
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from serving.errors import ConfigError
+from serving.errors import BadRequestError, ConfigError
 from serving.posts import Post
 from serving.retries import Retries
 from serving.schema import LabelResponse
@@ -224,9 +224,10 @@ def _read_prediction(post: Post, structure: LabelStructure, body: dict[str, Any]
 def _data_urls(post: Post) -> list[str]:
     try:
         raws = post.image_bytes()
-    except OSError as error:
+    except (BadRequestError, OSError) as error:
+        reason = error.message if isinstance(error, BadRequestError) else error.strerror
         raise ConfigError(
-            f"post {post.id!r}: its image cannot be read: {error.strerror}; mend it or leave the "
+            f"post {post.id!r}: its image cannot be read: {reason}; mend it or leave the "
             "post out (--skip-broken)",
             param="data",
         ) from error

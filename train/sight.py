@@ -29,7 +29,7 @@ from patches.selection import PatchView, image_seed, num_kept, select
 from serving.errors import BadRequestError, ConfigError
 from serving.images import ImageLimits, decode_image
 from serving.manifest import fingerprint
-from serving.posts import Post
+from serving.posts import ImageSource, Post
 from train.model import Llava
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # images at once; small ones stay in a CPU's caches
@@ -88,7 +88,7 @@ class Sight:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--cache {folder}: {error.strerror}", param="cache") from error
-        self._keys: dict[Path | bytes, str] = {}
+        self._keys: dict[ImageSource | bytes, str] = {}
         self._rows: dict[str, tuple[int, int]] = {}  # key to row and seed
         self._index_end = 0  # bytes of whole lines
         self._read_index()
@@ -125,7 +125,7 @@ class Sight:
         """The images of a post that `see` was given, in order."""
         return [self.at(image) for image in post.images]
 
-    def at(self, image: Path | bytes) -> Seen:
+    def at(self, image: ImageSource | bytes) -> Seen:
         """An image that `see` was given."""
         row, seed = self._rows[self._key(image)]
         raw = torch.from_numpy(self._memory[row, self._feature_bytes :].copy())
@@ -136,7 +136,7 @@ class Sight:
             seed=seed,
         )
 
-    def row_of(self, image: Path | bytes) -> int:
+    def row_of(self, image: ImageSource | bytes) -> int:
         """Place of an image in `features_at`."""
         return self._rows[self._key(image)][0]
 
@@ -169,27 +169,27 @@ class Sight:
         parts = (tower, self.model.processor.to_json_string(), str(self.model.dtype))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
-    def _key(self, image: Path | bytes) -> str:
+    def _key(self, image: ImageSource | bytes) -> str:
         key = self._keys.get(image)
         if key is None:
             raw = image if isinstance(image, bytes) else image.read_bytes()
             key = self._keys[image] = hashlib.blake2b(raw, digest_size=16).hexdigest()
         return key
 
-    def _missing(self, posts: Iterable[Post]) -> dict[str, tuple[str, Path | bytes]]:
+    def _missing(self, posts: Iterable[Post]) -> dict[str, tuple[str, ImageSource | bytes]]:
         """Images not seen yet, by key, with the post that holds them."""
         found = {}
         for post in posts:
             for image in post.images:
                 try:
                     key = self._key(image)
-                except OSError as error:
-                    raise _bad_image(post.id, image, str(error.strerror)) from error
+                except (BadRequestError, OSError) as error:
+                    raise _bad_image(post.id, image, _reason(error)) from error
                 if key not in self._rows:
                     found[key] = (post.id, image)
         return found
 
-    def _add(self, batch: dict[str, tuple[str, Path | bytes]]) -> None:
+    def _add(self, batch: dict[str, tuple[str, ImageSource | bytes]]) -> None:
         pixels = self.pixels(list(batch.values()))
         seen = see_pixels(self.model, pixels.to(self.model.device, self.model.dtype))
         rows = [
@@ -215,7 +215,7 @@ class Sight:
         self._rows |= {key: (first + i, seeds[i]) for i, key in enumerate(batch)}
         self.__dict__.pop("_memory", None)
 
-    def pixels(self, images: Sequence[tuple[str, Path | bytes]]) -> Tensor:
+    def pixels(self, images: Sequence[tuple[str, ImageSource | bytes]]) -> Tensor:
         """Processed pixels of images, `(N, 3, H, W)` float32, decoded as the server does.
 
         Args:
@@ -230,8 +230,7 @@ class Sight:
                 raw = image if isinstance(image, bytes) else image.read_bytes()
                 pictures.append(decode_image(raw, LIMITS))
             except (BadRequestError, OSError) as error:
-                reason = error.message if isinstance(error, BadRequestError) else str(error)
-                raise _bad_image(post, image, reason) from error
+                raise _bad_image(post, image, _reason(error)) from error
         return self.model.processor(images=pictures, return_tensors="pt")["pixel_values"].float()
 
     @cached_property
@@ -324,19 +323,21 @@ def _as_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def broken_image(image: Path | bytes) -> str | None:
+def broken_image(image: ImageSource | bytes) -> str | None:
     """Why an image cannot be used, or None where it can."""
     try:
         decode_image(image if isinstance(image, bytes) else image.read_bytes(), LIMITS)
-    except BadRequestError as error:
-        return error.message
-    except OSError as error:
-        return str(error.strerror)
+    except (BadRequestError, OSError) as error:
+        return _reason(error)
     return None
 
 
-def _bad_image(post: str, image: Path | bytes, reason: str) -> ConfigError:
-    name = f"image {image.name!r}" if isinstance(image, Path) else "its image"
+def _reason(error: BadRequestError | OSError) -> str:
+    return error.message if isinstance(error, BadRequestError) else str(error.strerror or error)
+
+
+def _bad_image(post: str, image: ImageSource | bytes, reason: str) -> ConfigError:
+    name = "its image" if isinstance(image, bytes) else f"image {image.name!r}"
     return ConfigError(
         f"post {post!r}: {name} cannot be used: {reason}; mend it or leave the post out "
         "(--skip-broken)",

@@ -1,13 +1,13 @@
 """Posts and their readers: data sets as published, folders, JSONL, CSV, conversations.
 
-Readers yield; nothing is decoded here, an image stays a path or bytes until the server or the
-trainer admits it. Texts of real data sets are not clean UTF-8: see `read_text`.
+Readers yield; nothing is decoded here, an image stays a path, a data URL or bytes until the server
+or the trainer admits it. Texts of real data sets are not clean UTF-8: see `read_text`.
 """
 
 from serving.posts.check import FAULTS, Checked, Fault, check_post
 from serving.posts.ids import LIST_SUFFIX, Duplicates, IdList, IdSet
 from serving.posts.mvsa import MVSA_LABELS, merge_labels
-from serving.posts.post import IMAGE_SUFFIXES, Post, Unreadable
+from serving.posts.post import IMAGE_SUFFIXES, DataUrl, ImageSource, Post, Unreadable
 from serving.posts.reader import Posts
 from serving.posts.registry import LAYOUTS, find_layout, known_splits, read_posts
 from serving.posts.rows import Row
@@ -20,10 +20,12 @@ __all__ = [
     "LIST_SUFFIX",
     "MVSA_LABELS",
     "Checked",
+    "DataUrl",
     "Duplicates",
     "Fault",
     "IdList",
     "IdSet",
+    "ImageSource",
     "Post",
     "Posts",
     "Row",

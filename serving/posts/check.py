@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from serving.errors import BadRequestError
 from serving.images import ImageLimits, decode_image
-from serving.posts.post import Post
+from serving.posts.post import ImageSource, Post
 from serving.structures import LabelStructure
 
 FAULTS: Mapping[str, str] = {
@@ -83,11 +82,13 @@ def _label_faults(post: Post, structure: LabelStructure) -> list[Fault]:
     return faults
 
 
-def _read(image: Path | bytes) -> bytes | Fault:
+def _read(image: ImageSource | bytes) -> bytes | Fault:
     try:
         raw = image if isinstance(image, bytes) else image.read_bytes()
     except FileNotFoundError:
         return Fault(kind="missing_image", detail=_name(image))
+    except BadRequestError as error:
+        return Fault(kind="broken_image", detail=error.message)
     except OSError as error:
         return Fault(kind="unreadable_image", detail=f"{_name(image)} ({error.strerror})")
     return raw or Fault(kind="empty_image", detail=_name(image))
@@ -103,5 +104,5 @@ def _image_faults(raw: bytes, name: str, limits: ImageLimits | None) -> list[Fau
     return []
 
 
-def _name(image: Path | bytes) -> str:
-    return image.name if isinstance(image, Path) else "data URL"
+def _name(image: ImageSource | bytes) -> str:
+    return "image" if isinstance(image, bytes) else image.name

@@ -29,7 +29,12 @@ class JsonlPosts(RowPosts):
         for number, line in enumerate(self._lines(), start=1):
             if not line.strip():
                 continue
-            values = self._parsed(line)
+            try:
+                values, is_cut = parse_line(line)
+            except RowError as error:
+                yield number, error
+                continue
+            self._is_odd |= is_cut
             if self.reading.fields and isinstance(values, dict):
                 never_met.difference_update(values)
                 values = self._under_our_names(values)
@@ -39,12 +44,6 @@ class JsonlPosts(RowPosts):
                 f"fields names {min(never_met)!r}, which no row of {self.source.name} has",
                 param="fields",
             )
-
-    def _parsed(self, line: str) -> Any:
-        try:
-            return self._mend(json.loads(line), line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            return RowError(f"{line.strip()[:80]!r} is not a JSON object ({error})")
 
     def _under_our_names(self, row: dict[str, Any]) -> dict[str, Any]:
         fields = self.reading.fields
@@ -57,11 +56,21 @@ class JsonlPosts(RowPosts):
             values["labels"] = {**labels, **own}
         return values
 
-    def _mend(self, values: object, line: str) -> object:
-        """Half emoji, as left by cutting texts in UTF-16, become question marks and are counted."""
-        if r"\ud" not in line.lower():
-            return values
-        spelled = json.dumps(values, ensure_ascii=False)
-        whole = spelled.encode(errors="replace").decode()
-        self._is_odd |= whole != spelled
-        return json.loads(whole)
+
+def parse_line(line: str) -> tuple[Any, bool]:
+    """A line's JSON, and whether half emoji in it became question marks.
+
+    Texts that were cut in UTF-16 have such halves, which no text on its way out may hold.
+
+    Raises:
+        RowError: it is not JSON.
+    """
+    try:
+        values = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RowError(f"{line.strip()[:80]!r} is not a JSON object ({error})") from error
+    if "\\ud" not in line and "\\uD" not in line:
+        return values, False
+    spelled = json.dumps(values, ensure_ascii=False)
+    whole = spelled.encode(errors="replace").decode()
+    return json.loads(whole), whole != spelled

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Protocol
+
+from serving.images import ImageLimits, read_data_url
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+class ImageSource(Protocol):
+    """Where an encoded image comes from, such as a path; it can be hashed and pickled."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded image, read anew.
+
+        Raises:
+            OSError: it is not there or cannot be read.
+            BadRequestError: what should hold it does not.
+        """
+
+
+@dataclass(frozen=True)
+class DataUrl:
+    """An image within the row itself, decoded only when it is asked for.
+
+    Attributes:
+        url: `data:image/...;base64,...`; the size is left to whoever admits the image.
+    """
+
+    url: str = field(repr=False)
+    name = "data URL"
+
+    def read_bytes(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            BadRequestError: the URL is not base64.
+        """
+        return read_data_url(self.url, ImageLimits(max_bytes=sys.maxsize), "image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,17 +55,25 @@ class Post:
     Attributes:
         id: unique within its source.
         text: the post's line of text, may be empty.
-        images: paths to image files, or their encoded bytes.
+        images: where images come from, such as paths, or their encoded bytes.
         labels: known labels by field, e.g. `{"image": "positive", "text": "neutral"}`.
+        asks: what its row asks for by itself: `model`, `label_structure`, `retention_ratio` or
+            `selector`, none of them None.
     """
 
     id: str
     text: str = ""
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[ImageSource | bytes, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    asks: Mapping[str, Any] = field(default_factory=dict)
 
     def image_bytes(self) -> list[bytes]:
-        """The encoded images; reads files only now."""
+        """The encoded images; reads files only now.
+
+        Raises:
+            OSError: an image is not there or cannot be read.
+            BadRequestError: an image within the row is not base64.
+        """
         return [item if isinstance(item, bytes) else item.read_bytes() for item in self.images]
 
 

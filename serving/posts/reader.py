@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
-from serving.errors import BadRequestError, ConfigError
-from serving.images import ImageLimits, read_data_url
+from serving.errors import ConfigError
 from serving.posts.ids import Duplicates, IdList, IdsInUse
-from serving.posts.post import Post, Unreadable
+from serving.posts.post import DataUrl, ImageSource, Post, Unreadable
 from serving.posts.texts import read_text
 from serving.structures import LabelStructure
 
@@ -146,13 +144,10 @@ class Posts(ABC):
         self._is_odd |= is_odd
         return text
 
-    def _image(self, image: str) -> Path | bytes:
+    def _image(self, image: str) -> ImageSource:
         """An image as a row spells it: a path relative to the source's folder, or a data URL."""
         if image.startswith("data:"):
-            try:
-                return read_data_url(image, ImageLimits(max_bytes=sys.maxsize), "image")
-            except BadRequestError as error:
-                raise RowError(error.message) from error
+            return DataUrl(image)
         if not image or "://" in image:
             raise RowError(
                 f"image={image[:80]!r}; allowed are a path relative to {self.source.name} and a "

@@ -11,16 +11,18 @@ from serving.posts.ids import Duplicates, IdList, list_path, listed_splits
 from serving.posts.jsonl import JsonlPosts
 from serving.posts.llava import LlavaPosts
 from serving.posts.mvsa import MvsaPosts
+from serving.posts.openai_lines import OpenAiPosts
 from serving.posts.reader import Posts, Reading
 from serving.posts.table import CsvPosts
 from serving.posts.twitter import TwitterPosts
 from serving.structures import LabelStructure
 
-# The first that matches is taken: a folder of pairs is what no other layout is.
+# The first that matches is taken: a folder of pairs, and JSONL, is what no other layout is.
 LAYOUTS: tuple[type[Posts], ...] = (
     MvsaPosts,
     TwitterPosts,
     FolderPosts,
+    OpenAiPosts,
     JsonlPosts,
     CsvPosts,
     LlavaPosts,
