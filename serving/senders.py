@@ -10,7 +10,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -91,7 +90,7 @@ async def _image_bytes(post: Post) -> list[bytes]:
     try:
         return await asyncio.to_thread(post.image_bytes)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        names = [item.name for item in post.images if isinstance(item, Path)]
+        names = [item.name for item in post.images if not isinstance(item, bytes)]
         reason = getattr(error, "strerror", None) or "not a file name"
         raise BadRequestError(
             f"image {', '.join(names)!r} cannot be read: {reason}",
