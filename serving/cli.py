@@ -60,6 +60,10 @@ def parse_command(argv: list[str]) -> Command:
         return _label_command(argv[1:])
     if argv[:1] == ["verify"]:
         return _verify_command(argv[1:])
+    if argv[:1] == ["batch"]:
+        from serving.batch.command import batch_command
+
+        return batch_command(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description="Serve LLaVA-1.5 with kept patches, adapters and label structures.",
@@ -69,7 +73,7 @@ def parse_command(argv: list[str]) -> Command:
     if "--ray" in argv:
         return _ray_command(parser, argv)
     parser.add_argument("--ray", action="store_true", help="serve on Ray; see --ray --help")
-    _add_settings(parser, Settings.model_fields)
+    add_settings(parser, Settings.model_fields)
     given = vars(parser.parse_args(argv))
     given.pop("ray")
     settings = read_settings(given)
@@ -87,7 +91,7 @@ def _ray_command(parser: argparse.ArgumentParser, argv: list[str]) -> Command:
     from serving.cluster.settings import RayAppSettings
 
     parser.add_argument("--ray", action="store_true", help="serve on Ray")
-    _add_settings(parser, RayAppSettings.model_fields)
+    add_settings(parser, RayAppSettings.model_fields)
     given = vars(parser.parse_args(argv))
     given.pop("ray")
     settings = settings_of(RayAppSettings, given)
@@ -124,7 +128,7 @@ def _label_command(argv: list[str]) -> Command:
     add("--concurrency", type=int, default=16, help="requests at once (default 16)")
     add("--checkpoint", help="without --server: checkpoint to load (default the demo)")
     engine_flags = ("config", *ENGINE_FIELDS)
-    _add_settings(parser, {name: Settings.model_fields[name] for name in ENGINE_FIELDS})
+    add_settings(parser, {name: Settings.model_fields[name] for name in ENGINE_FIELDS})
     given = vars(parser.parse_args(argv))
     engine = {name: given.pop(name) for name in engine_flags}
     checkpoint = given.pop("checkpoint")
@@ -170,7 +174,7 @@ def _verify_command(argv: list[str]) -> Command:
         help="most difference of log-probabilities; of probabilities, a tenth of it "
         f"(default {TOLERANCE})",
     )
-    _add_settings(parser, {name: Settings.model_fields[name] for name in VERIFY_FIELDS})
+    add_settings(parser, {name: Settings.model_fields[name] for name in VERIFY_FIELDS})
     given = vars(parser.parse_args(argv))
     options = VerifyOptions(
         adapters=given.pop("adapters"),
@@ -223,7 +227,8 @@ def settings_of(kind: type[S], given: dict[str, object]) -> S:
         raise ConfigError("settings: " + "; ".join(reasons)) from error
 
 
-def _add_settings(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
+def add_settings(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
+    """Adds a flag a field, and `--config`."""
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     for name, field in fields.items():
         _add_flag(parser, name, field)

@@ -24,13 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from serving.batch.counts import Counts
 from serving.batch.outcomes import Outcome
 from serving.errors import ConfigError
 
 STATE = ".batch"
 COMMIT = "commit.json"
-Publisher = Callable[[str, Path], None]
-"""Puts a finished file where the output is; by default a rename within the run's folder."""
 
 
 class IdsDigest:
@@ -97,7 +96,7 @@ class RunFolder:
             write_whole(path, json.dumps(asked, indent=2))
             return False
         before = json.loads(path.read_text())
-        for name in {**before, **asked}:
+        for name in asked:
             if before.get(name) != asked.get(name):
                 raise ConfigError(
                     f"out={str(self.path)!r} was begun with {name}={before.get(name)!r}, now it is "
@@ -114,6 +113,13 @@ class RunFolder:
             int(path.stem): json.loads(path.read_text())
             for path in sorted(self.state.glob("[0-9]*.json"))
         }
+
+    def counts(self) -> Counts:
+        """Of all published posts."""
+        counts = Counts()
+        for commit in self.commits().values():
+            counts += Counts(commit["counts"])
+        return counts
 
     def publish(self, index: int, files: Mapping[str, Callable[[Path], None]], commit: Any) -> None:
         """Decides a shard: all of its files or none.
