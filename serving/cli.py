@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import typing
 from collections.abc import Callable, Coroutine
@@ -28,6 +29,10 @@ examples:
   python -m serving --model llava-hf/llava-1.5-7b-hf --adapters my_adapters
   python -m serving --ray --replicas 1-3             engines on Ray that follow the load
   python -m serving label --help                     label a folder of posts
+  python -m serving batch --help                     label a million, resumable
+  python -m serving calibrate --help                 find the bar of a cascade of ratios
+  python -m serving explain --help                   picture the patches that are kept
+  python -m serving explain --help                   show which patches of an image are kept
   python -m serving verify --help                    check that an adapter is served as trained
 """
 _LABEL_EPILOG = """\
@@ -49,6 +54,15 @@ examples:
   python -m serving verify my_adapters/* --model checkpoints/base --json
 """
 
+COMMANDS = {
+    "batch": "serving.batch.command:batch_command",
+    "calibrate": "serving.batch.command:calibrate_command",
+    "explain": "serving.explaining:explain_command",
+    "label": "serving.cli:label_command",
+    "verify": "serving.cli:verify_command",
+}
+"""What may follow `python -m serving`, and what reads its arguments; nothing follows: the server."""
+
 
 def parse_command(argv: list[str]) -> Command:
     """The command that the arguments ask for.
@@ -56,14 +70,10 @@ def parse_command(argv: list[str]) -> Command:
     Raises:
         ConfigError: a setting is not allowed; says which, its value and what is.
     """
-    if argv[:1] == ["label"]:
-        return _label_command(argv[1:])
-    if argv[:1] == ["verify"]:
-        return _verify_command(argv[1:])
-    if argv[:1] == ["batch"]:
-        from serving.batch.command import batch_command
-
-        return batch_command(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        module, function = COMMANDS[argv[0]].split(":")
+        command: Command = getattr(importlib.import_module(module), function)(argv[1:])
+        return command
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description="Serve LLaVA-1.5 with kept patches, adapters and label structures.",
@@ -78,13 +88,13 @@ def parse_command(argv: list[str]) -> Command:
     given.pop("ray")
     settings = read_settings(given)
 
-    async def command() -> int:
+    async def run() -> int:
         from serving.server import serve
 
         await serve(settings)
         return 0
 
-    return command
+    return run
 
 
 def _ray_command(parser: argparse.ArgumentParser, argv: list[str]) -> Command:
@@ -105,7 +115,8 @@ def _ray_command(parser: argparse.ArgumentParser, argv: list[str]) -> Command:
     return command
 
 
-def _label_command(argv: list[str]) -> Command:
+def label_command(argv: list[str]) -> Command:
+    """`label` from its arguments."""
     from serving.labelling import LabelOptions, run_label
 
     parser = argparse.ArgumentParser(
@@ -155,7 +166,8 @@ ENGINE_FIELDS = (
 """Settings that matter where `label` runs the engine itself."""
 
 
-def _verify_command(argv: list[str]) -> Command:
+def verify_command(argv: list[str]) -> Command:
+    """`verify` from its arguments."""
     from serving.verify import TOLERANCE, VerifyOptions, run_verify
 
     parser = argparse.ArgumentParser(

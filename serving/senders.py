@@ -53,10 +53,16 @@ class EngineSender(Sender):
     """Labels by an engine in this process, as its server would."""
 
     def __init__(
-        self, labeler: Labeler, decoder: ImageDecoder, choices: Choices, *, max_text_chars: int
+        self,
+        labeler: Labeler,
+        decoder: ImageDecoder,
+        choices: Choices,
+        *,
+        max_text_chars: int,
+        explain: bool = False,
     ) -> None:
         self._labeler, self._decoder, self._choices = labeler, decoder, choices
-        self._max_text_chars = max_text_chars
+        self._max_text_chars, self._explain = max_text_chars, explain
 
     async def fields(self) -> Fields:
         """The fields of the structure that the choices lead to."""
@@ -74,7 +80,9 @@ class EngineSender(Sender):
         images = await self._decoder.decode(raws)
         image_ms = 1e3 * (time.perf_counter() - started)
         request_id = f"label-{uuid.uuid4().hex}"
-        result = await self._labeler.label(post.text, images, self._choices, request_id)
+        result = await self._labeler.label(
+            post.text, images, self._choices, request_id, explain=self._explain
+        )
         num_patches = self._labeler.engine.info.num_patches
         return label_response(request_id, result, num_patches, image_ms).model_dump(
             exclude_none=True
@@ -107,6 +115,7 @@ class HttpSender(Sender):
         choices: what every request asks for.
         concurrency: most connections at once.
         retries: how often a post is tried.
+        explain: whether answers say which patches were kept.
         transport: another way than the network (for tests).
 
     Raises:
@@ -120,12 +129,15 @@ class HttpSender(Sender):
         *,
         concurrency: int = 16,
         retries: Retries | None = None,
+        explain: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.server = server.rstrip("/").removesuffix("/v1")
-        self._choices = {
+        self._choices: dict[str, Any] = {
             name: value for name, value in asdict(choices).items() if value is not None
         }
+        if explain:
+            self._choices["explain"] = True
         self._retries = retries or Retries()
         self._most_lost, self._num_lost = max(8, concurrency), 0
         self._client = httpx.AsyncClient(

@@ -71,6 +71,7 @@ function showImage() {
   $("image-facts").hidden = !is;
   $("image-facts").textContent = is ? `${image.name}, ${image.facts}` : "";
   $("remove").hidden = !is;
+  $("choose").textContent = is ? "Replace" : "Choose an image";
   $("drop").classList.toggle("filled", is);
 }
 

@@ -1,7 +1,7 @@
 // One way to label the post: its controls, its request, its answer.
 
 import { postLabel } from "./api.js";
-import { draw } from "./picture.js";
+import { draw, leavesOut } from "./picture.js";
 
 const STAGES = [
   ["image", "Image"], ["queue", "Queue"], ["prefill", "Prefill"],
@@ -11,7 +11,7 @@ const PAUSE_MS = 250;
 
 const element = (tag, className = "", text = "") =>
   Object.assign(document.createElement(tag), { className, textContent: text });
-const percent = (share) => `${(100 * share).toFixed(share > 0.999 || share < 0.001 ? 0 : 1)} %`;
+const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
 const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 
 export class Panel {
@@ -90,7 +90,8 @@ export class Panel {
   #showRatio() {
     const ratio = Number(this.part("ratio").value), patches = this.served.patches;
     const kept = Math.max(1, Math.floor(ratio * patches + 0.5));
-    this.part("ratio-text").textContent = ratio.toFixed(2);
+    this.part("ratio-text").replaceChildren(
+      element("span", "of", `${kept} of ${patches} patches`), ratio.toFixed(2));
     this.part("ratio").setAttribute("aria-valuetext", `${ratio.toFixed(2)}, ${kept} of ${patches} patches`);
   }
 
@@ -175,7 +176,8 @@ export class Panel {
     draw(this.part("canvas"), image.bitmap, explanation, this.page.look());
     const [rows, columns] = explanation.grid;
     const said = `${explanation.kept.length} of ${rows * columns} patches kept by ${answer.retention.selector}`;
-    this.part("caption").textContent = `${said}, in a ${columns} × ${rows} grid`;
+    const cut = leavesOut(explanation, image.bitmap) ? "; outside the frame the checkpoint sees nothing" : "";
+    this.part("caption").textContent = `${said}, in a ${columns} × ${rows} grid${cut}`;
     this.part("canvas").setAttribute("aria-label", `The image with ${said}`);
   }
 

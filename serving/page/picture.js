@@ -2,6 +2,7 @@
 
 const LONGEST = 900; // canvas pixels a side, whatever the image has
 const DIM = "rgb(12 16 24 / 0.78)";
+const FRAME = "rgb(255 255 255 / 0.9)";
 const PADDING = "rgb(128 132 140 / 0.35)";
 // From dark violet over red to yellow: brighter is more, for every kind of colour vision.
 const RAMP = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [242, 125, 46], [252, 236, 140]];
@@ -58,6 +59,19 @@ export function draw(canvas, image, explanation, { dims, heat }) {
   if (!explanation) return;
   if (heat > 0) drawHeat(context, explanation, heat, rect);
   if (dims) drawDim(context, explanation, rect, canvas);
+  if (leavesOut(explanation, image)) drawFrame(context, rect(explanation.box));
+}
+
+/** Whether the checkpoint crops a part of the image off. */
+export function leavesOut({ box: [left, top, right, bottom] }, image) {
+  return left > 1 || top > 1 || right < image.width - 1 || bottom < image.height - 1;
+}
+
+function drawFrame(context, [x, y, width, height]) {
+  context.lineWidth = 3;
+  context.strokeStyle = FRAME;
+  context.setLineDash([12, 8]);
+  context.strokeRect(x + 1.5, y + 1.5, width - 3, height - 3);
 }
 
 function drawHeat(context, explanation, strength, rect) {
