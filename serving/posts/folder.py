@@ -8,10 +8,10 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 from serving.errors import ConfigError
 from serving.posts.ids import LIST_SUFFIX
+from serving.posts.places import Place
 from serving.posts.post import IMAGE_SUFFIXES, Post
 from serving.posts.reader import Found, Posts, Reading, RowError
 
@@ -24,7 +24,7 @@ class FolderPosts(Posts):
 
     description = f"a folder of pairs, images ({', '.join(IMAGE_SUFFIXES)}) and .txt of one name"
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         self._files = _Files(path.name for path in source.iterdir())
         if reading.duplicates == "error":
@@ -40,7 +40,7 @@ class FolderPosts(Posts):
             )
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return source.is_dir() and any(_kind(path.name) for path in source.iterdir())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from serving.errors import ConfigError
+from serving.posts.places import Place, UrlPath, find_place
 from serving.posts.texts import numbered_lines
 
 LIST_SUFFIX = "_ids.txt"
@@ -138,7 +139,7 @@ class IdList:
         ConfigError: it cannot be read, is empty, or has an id twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self._ids = IdSet()
         for number, id_ in numbered_lines(path):
@@ -176,16 +177,19 @@ class IdList:
             )
 
 
-def list_path(folder: Path, split: str | Path) -> Path:
-    """The file of a split: `<split>_ids.txt` in the folder, or the path that `split` is.
+def list_path(folder: Place, split: str | Place) -> Place:
+    """The file of a split: `<split>_ids.txt` in the folder, or the path or URL that `split` is.
 
     A split is a path when it has a separator or ends in `.txt`.
     """
-    if isinstance(split, Path) or "/" in split or split.endswith(".txt"):
-        return Path(split)
+    if isinstance(split, Path | UrlPath):
+        return split
+    if "/" in split or split.endswith(".txt"):
+        return find_place(split)
     return folder / f"{split}{LIST_SUFFIX}"
 
 
-def listed_splits(folder: Path) -> list[str]:
+def listed_splits(folder: Place) -> list[str]:
     """Names of the splits whose lists are in the folder."""
-    return sorted(path.name.removesuffix(LIST_SUFFIX) for path in folder.glob(f"*{LIST_SUFFIX}"))
+    names = (path.name for path in folder.iterdir())
+    return sorted(name.removesuffix(LIST_SUFFIX) for name in names if name.endswith(LIST_SUFFIX))

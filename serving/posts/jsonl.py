@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 from serving.posts.reader import RowError
 from serving.posts.rows import Row, RowPosts
 
@@ -19,7 +19,7 @@ class JsonlPosts(RowPosts):
     columns = ("id", "text", "image", "images")
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return source.is_file() and source.suffix.lower() in (".jsonl", ".ndjson")
 

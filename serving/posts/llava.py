@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import ijson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 from serving.posts.post import Post
 from serving.posts.reader import Found, Posts, Reading, RowError, told_id
 from serving.structures import LabelStructure
@@ -59,7 +59,7 @@ class LlavaPosts(Posts):
 
     description = "a .json file, LLaVA's list of objects with image and conversations"
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         try:
             with source.open("rb") as file:
@@ -75,7 +75,7 @@ class LlavaPosts(Posts):
             )
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return source.is_file() and source.suffix.lower() == ".json"
 

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 from serving.posts.post import IMAGE_SUFFIXES, Post, Unreadable
 from serving.posts.reader import Found, Posts, Reading, RowError
 from serving.posts.texts import numbered_lines
@@ -51,7 +51,7 @@ class MvsaPosts(Posts):
 
     description = f"MVSA-Single or MVSA-Multiple, a folder with {MVSA_LABELS} and data/"
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         if not (source / "data").is_dir():
             raise ConfigError(
@@ -69,29 +69,29 @@ class MvsaPosts(Posts):
         self.num_left_out = num_left_out
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return (source / MVSA_LABELS).is_file()
 
     def _found(self) -> Iterator[Found]:
+        names = {path.name for path in (self.source / "data").iterdir()}
         for row in self._rows:
             where = f"{MVSA_LABELS} line {row.number}"
             try:
-                yield where, self._post(where, row)
+                yield where, self._post(where, row, names)
             except RowError as error:
                 yield where, self._unreadable(where, error, row.id or None)
 
-    def _post(self, where: str, row: _Row) -> Post | Unreadable:
+    def _post(self, where: str, row: _Row, names: set[str]) -> Post | Unreadable:
         if row.error:
             raise row.error
         data = self.source / "data"
-        text = data / f"{row.id}.txt"
-        paths = [data / f"{row.id}{suffix}" for suffix in IMAGE_SUFFIXES]
-        image = next((path for path in paths if path.exists()), paths[0])
-        post = Post(id=row.id, images=(image,), labels=row.labels or {})
-        if text.exists():
-            return replace(post, text=self._read_text(text))
-        message = self._said(where, f"text {text.name!r} is not there")
+        text, images = f"{row.id}.txt", [f"{row.id}{suffix}" for suffix in IMAGE_SUFFIXES]
+        image = next((name for name in images if name in names), images[0])
+        post = Post(id=row.id, images=(data / image,), labels=row.labels or {})
+        if text in names:
+            return replace(post, text=self._read_text(data / text))
+        message = self._said(where, f"text {text!r} is not there")
         return _Textless(id=row.id, message=message, post=post)
 
     def _post_of(self, entry: Post | Unreadable) -> Post:
@@ -128,7 +128,7 @@ def _place(num_left_out: int) -> str:
     return f"{MVSA_LABELS} (where {num_left_out} are left out, as the annotators all differ)"
 
 
-def _read_rows(path: Path) -> Iterator[_Row]:
+def _read_rows(path: Place) -> Iterator[_Row]:
     """Rows of `ID<tab>text,image...` lines under a header."""
     num_cells = 0
     for number, line in numbered_lines(path):
@@ -150,7 +150,7 @@ def _read_rows(path: Path) -> Iterator[_Row]:
             yield _Row(number=number, id=cells[0], labels=labels)
 
 
-def _check_header(path: Path, line: str, cells: list[str]) -> None:
+def _check_header(path: Place, line: str, cells: list[str]) -> None:
     pairs = (len(cells) - 1) // 2
     known = len(cells) in _NUM_ANNOTATORS
     if not known or [cell.lower() for cell in cells] != ["id", *_PAIR * pairs]:

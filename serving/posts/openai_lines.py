@@ -6,12 +6,12 @@ Published with https://platform.openai.com/docs/guides/batch (the input file).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.posts.jsonl import parse_line
+from serving.posts.places import Place
 from serving.posts.post import DataUrl, Post
 from serving.posts.reader import Found, Posts, RowError, told_id
 from serving.posts.texts import decoded_lines
@@ -54,7 +54,7 @@ class OpenAiPosts(Posts):
     description = "a .jsonl file of OpenAI's batch lines, with custom_id, method, url and body"
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout: its first line does."""
         if not source.is_file() or source.suffix.lower() not in (".jsonl", ".ndjson"):
             return False

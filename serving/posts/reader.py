@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import ClassVar
 
 from serving.errors import ConfigError
 from serving.posts.ids import Duplicates, IdList, IdsInUse
+from serving.posts.places import Place, UrlPath
 from serving.posts.post import DataUrl, ImageSource, Post, Unreadable
 from serving.posts.texts import read_text
 from serving.structures import LabelStructure
@@ -60,9 +60,10 @@ class Posts(ABC):
     _is_odd = False
     """Whether some text of the post being read was not UTF-8."""
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         self.source = source
         self.reading = reading
+        self._folder = source.parent
         self.num_posts = None if reading.chosen is None else len(reading.chosen)
         self.num_not_utf8 = 0
         self.num_duplicates = 0
@@ -114,11 +115,11 @@ class Posts(ABC):
 
     @staticmethod
     @abstractmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
 
     @classmethod
-    def parts(cls, source: Path) -> list[str]:
+    def parts(cls, source: Place) -> list[str]:
         """Names of the parts that the source is published in, as splits."""
         return []
 
@@ -136,7 +137,7 @@ class Posts(ABC):
     def _said(self, where: str, message: object) -> str:
         return f"{self.source.name} {where}: {message}"
 
-    def _read_text(self, path: Path) -> str:
+    def _read_text(self, path: Place) -> str:
         try:
             text, is_odd = read_text(path)
         except OSError as error:
@@ -144,16 +145,19 @@ class Posts(ABC):
         self._is_odd |= is_odd
         return text
 
-    def _image(self, image: str) -> ImageSource:
-        """An image as a row spells it: a path relative to the source's folder, or a data URL."""
+    def _image(self, image: str | bytes) -> ImageSource | bytes:
+        """An image as a row has it: bytes, a data URL, or a path relative to the folder."""
+        if isinstance(image, bytes):
+            return image
         if image.startswith("data:"):
             return DataUrl(image)
-        if not image or "://" in image:
+        is_outside = isinstance(self._folder, UrlPath) and image.startswith("/")
+        if not image or "://" in image or is_outside:
             raise RowError(
                 f"image={image[:80]!r}; allowed are a path relative to {self.source.name} and a "
                 "data URL (data:image/jpeg;base64,...)",
             )
-        return self.source.parent / image
+        return self._folder / image
 
 
 def told_id(values: object, name: str = "id") -> str | None:

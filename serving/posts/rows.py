@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 from serving.posts.post import Post
 from serving.posts.reader import Found, Posts, Reading, RowError, told_id
 from serving.posts.texts import decoded_lines
@@ -45,8 +45,10 @@ class RowPosts(Posts):
 
     has_own_names = True
     columns: ClassVar[tuple[str, ...]] = ("id", "text", "image")
+    row_type: ClassVar[type[Row]] = Row
+    row_word: ClassVar[str] = "line"
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         unknown = [name for name in reading.fields if not self._is_known(name)]
         if unknown:
@@ -61,7 +63,7 @@ class RowPosts(Posts):
 
     def _found(self) -> Iterator[Found]:
         for number, values in self._rows():
-            where = f"line {number}"
+            where = f"{self.row_word} {number}"
             try:
                 yield where, self._post(number, values)
             except RowError as error:
@@ -70,6 +72,31 @@ class RowPosts(Posts):
     @abstractmethod
     def _rows(self) -> Iterator[tuple[int, object]]:
         """Line number and values of each row, under our names; an error where it has none."""
+
+    def _find_columns(self, header: list[str], where: str) -> dict[str, str]:
+        """Our field to the column of each of them.
+
+        Raises:
+            ConfigError: a column is unknown, there twice, or missing.
+        """
+        own = self.reading.fields
+        absent = [theirs for theirs in own.values() if theirs not in header]
+        if absent:
+            raise self._fault(
+                where, f"no column {absent[0]!r}, which fields names; columns are {header!r:.200}"
+            )
+        ours = {name: name for name in header if self._is_known(name)} | dict(own)
+        unknown = [] if own else [name for name in header if name not in ours]
+        is_clear = all(header.count(theirs) == 1 for theirs in ours.values())
+        content = [name for name in self.columns if name != "id"]
+        if unknown or not is_clear or not {*content} & {*ours}:
+            raise self._fault(
+                where,
+                f"columns {header!r:.200}; allowed are {', '.join(self.columns)} and labels.FIELD, "
+                f"each once, with {' or '.join(content)} among them; --fields text=NAME,... maps "
+                "the file's own names",
+            )
+        return ours
 
     def _lines(self) -> Iterator[str]:
         for _, line, is_odd in decoded_lines(self.source):
@@ -80,7 +107,7 @@ class RowPosts(Posts):
         if isinstance(values, RowError):
             raise values
         try:
-            row = Row.model_validate(values)
+            row = self.row_type.model_validate(values)
         except ValidationError as error:
             raise RowError(self._explain(error)) from error
         images = row.images or ([row.image] if row.image else [])
@@ -88,7 +115,7 @@ class RowPosts(Posts):
         return Post(
             id=str(number if row.id is None else row.id),
             text=(row.text or "").strip(),
-            images=tuple(self._image(image) for image in images),
+            images=tuple(map(self._image, images)),
             labels={field: label for field, label in labels.items() if label},
         )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.posts.places import Place
 from serving.posts.reader import Reading, RowError
 from serving.posts.rows import RowPosts
 
@@ -18,39 +18,21 @@ class CsvPosts(RowPosts):
     """Columns id, text, image and labels.FIELD, by commas; an empty cell is a missing value."""
 
     description = (
-        "a .csv file with a header of id, text, image, labels.FIELD (text or image needed)"
+        "a .csv file, by commas, with a header of id, text, image, labels.FIELD (text or image "
+        "needed)"
     )
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         header = next(csv.reader(self._lines()), [])
-        self._columns, self._num_cells = self._find_columns(header), len(header)
+        columns = self._find_columns(header, "line 1")
+        self._columns = {ours: header.index(theirs) for ours, theirs in columns.items()}
+        self._num_cells = len(header)
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return source.is_file() and source.suffix.lower() == ".csv"
-
-    def _find_columns(self, header: list[str]) -> dict[str, int]:
-        """Place of each of our fields in a row."""
-        own = self.reading.fields
-        absent = [theirs for theirs in own.values() if theirs not in header]
-        if absent:
-            raise self._fault(
-                "line 1",
-                f"no column {absent[0]!r}, which fields names; columns are {header!r:.200}",
-            )
-        ours = {name: name for name in header if self._is_known(name)} | dict(own)
-        unknown = [] if own else [name for name in header if name not in ours]
-        is_clear = all(header.count(theirs) == 1 for theirs in ours.values())
-        if unknown or not is_clear or not {"text", "image"} & {*ours}:
-            raise self._fault(
-                "line 1",
-                f"columns {header!r:.200}; allowed are id, text, image and labels.FIELD, separated "
-                "by commas, each once, with text or image among them; --fields text=NAME,... maps "
-                "the file's own names",
-            )
-        return {name: header.index(theirs) for name, theirs in ours.items()}
 
     def _rows(self) -> Iterator[tuple[int, object]]:
         reader = csv.reader(self._lines(), strict=True)

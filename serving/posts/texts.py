@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 
 
-def read_text(path: Path) -> tuple[str, bool]:
+def read_text(path: Place) -> tuple[str, bool]:
     """A text file's content, and whether it was not UTF-8.
 
     Tries utf-8, then cp1252, then latin-1 (which cannot fail): about a quarter of MVSA-Single's
@@ -20,15 +20,17 @@ def read_text(path: Path) -> tuple[str, bool]:
 
 def decode(raw: bytes) -> tuple[str, bool]:
     """Bytes as text, and whether they were not UTF-8; see `read_text`."""
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return raw.decode(encoding), encoding != "utf-8-sig"
-        except UnicodeDecodeError:
-            continue
-    return raw.decode("latin-1"), True
+    try:
+        return raw.decode().removeprefix("\ufeff"), False
+    except UnicodeDecodeError:
+        pass
+    try:
+        return raw.decode("cp1252"), True
+    except UnicodeDecodeError:
+        return raw.decode("latin-1"), True
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Place) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, without the space around them, with their numbers from 1.
 
     Raises:
@@ -39,7 +41,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.strip()
 
 
-def decoded_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+def decoded_lines(path: Place) -> Iterator[tuple[int, str, bool]]:
     """Number from 1, text with its line end, and whether it was not UTF-8, of every line.
 
     Raises:
@@ -49,6 +51,9 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
         file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from error
-    with file:
-        for number, raw in enumerate(file, start=1):
-            yield number, *decode(raw)
+    try:
+        with file:
+            for number, raw in enumerate(file, start=1):
+                yield number, *decode(raw)
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read any further: {error.strerror}") from error

@@ -8,9 +8,9 @@ trusted: Twitter-2017's test.tsv names four columns over rows of five. Quotes ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from serving.errors import ConfigError
+from serving.posts.places import Place
 from serving.posts.post import Post
 from serving.posts.reader import Found, Posts, Reading, RowError
 from serving.posts.texts import decoded_lines
@@ -30,18 +30,18 @@ class TwitterPosts(Posts):
 
     description = "Twitter-2015 or -2017, a folder with train.tsv, dev.tsv, test.tsv, and images"
 
-    def __init__(self, source: Path, reading: Reading) -> None:
+    def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
         self._images = _image_folder(source)
         self._parts = [reading.part] if reading.part else self.parts(source)
 
     @staticmethod
-    def matches(source: Path) -> bool:
+    def matches(source: Place) -> bool:
         """Whether the source has this layout."""
         return bool(TwitterPosts.parts(source))
 
     @classmethod
-    def parts(cls, source: Path) -> list[str]:
+    def parts(cls, source: Place) -> list[str]:
         """The published parts that are there."""
         return [part for part in PARTS if (source / f"{part}.tsv").is_file()]
 
@@ -87,7 +87,7 @@ class TwitterPosts(Posts):
         )
 
 
-def _image_folder(source: Path) -> Path:
+def _image_folder(source: Place) -> Place:
     """Where the images are: in the folder or beside it.
 
     Raises:

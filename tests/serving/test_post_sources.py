@@ -268,7 +268,7 @@ def test_a_label_of_its_own_name_joins_the_others(tmp_path: Path) -> None:
 
 def test_names_of_ones_own_are_refused_where_the_layout_fixes_them(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match="only JSONL and CSV"):
+    with pytest.raises(ConfigError, match="only JSONL, CSV and Parquet"):
         read_posts(tmp_path, fields={"text": "tweet"})
 
 

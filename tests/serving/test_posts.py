@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from serving.errors import ConfigError
@@ -67,6 +69,14 @@ def as_csv(folder: Path) -> Path:
     return path
 
 
+def as_parquet(folder: Path) -> Path:
+    as_pairs(folder)
+    images = [f"{id_}.jpg" for id_ in TEXTS]
+    columns = {"text": [*TEXTS.values()], "image": images, "id": [*TEXTS]}
+    pq.write_table(pa.table(columns), folder / "posts.parquet")
+    return folder / "posts.parquet"
+
+
 def as_llava(folder: Path) -> Path:
     as_pairs(folder)
     rows = [
@@ -108,7 +118,7 @@ def as_openai(folder: Path) -> Path:
     return written(folder / "posts.jsonl", "\n".join(map(json.dumps, rows)))
 
 
-WAYS: list[Callable[[Path], Path]] = [as_mvsa, as_pairs, as_jsonl, as_csv, as_llava]
+WAYS: list[Callable[[Path], Path]] = [as_mvsa, as_pairs, as_jsonl, as_csv, as_parquet, as_llava]
 ALL_WAYS = [*WAYS, as_twitter, as_openai]  # whose texts, ids or images are of another kind
 
 
@@ -124,10 +134,11 @@ def test_a_split_works_in_every_layout_by_name_and_by_path(
     source = way(tmp_path / "data")
     ids = [post.id for post in read_posts(source)]
     folder = source if source.is_dir() else source.parent
-    for path, split in [
+    splits: list[tuple[Path, str | Path]] = [
         (folder / "mine_ids.txt", "mine"),
         (tmp_path / "m.txt", tmp_path / "m.txt"),
-    ]:
+    ]
+    for path, split in splits:
         path.write_text(f"{ids[2]}\r\n\n{ids[0]}\n")
         posts = read_posts(source, split=split)
         assert [post.id for post in posts] == [ids[0], ids[2]] == [post.id for post in posts]
