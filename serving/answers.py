@@ -10,13 +10,18 @@ from serving.adapter_states import AdapterStatus, State
 from serving.catalogue import Catalogue, Choices
 from serving.labeler import LabelResult
 from serving.protocol import Adapter, Explanation
-from serving.schema import ImageExplanation, LabelResponse, Retained, Usage
+from serving.schema import CascadeStep, ImageExplanation, LabelResponse, Retained, Usage
+from serving.scoring import confidence_of
 
 
 def label_response(
-    request_id: str, result: LabelResult, num_patches: int, image_ms: float
+    request_id: str,
+    result: LabelResult,
+    num_patches: int,
+    image_ms: float,
+    steps: Sequence[tuple[float, float]] | None = None,
 ) -> LabelResponse:
-    """The answer's body."""
+    """The answer's body; `steps` are a cascade's ratios, and how sure each answer was."""
     settings, generated = result.settings, result.generated
     num_tokens = len(generated.token_ids)
     timing = {
@@ -33,6 +38,7 @@ def label_response(
         label_structure=settings.structure.name,
         labels=result.scores.labels,
         probabilities=result.scores.probabilities,
+        confidence=confidence_of(result.scores.probabilities),
         retention=Retained(
             ratio=settings.retention.ratio,
             selector=settings.retention.selector,
@@ -46,6 +52,9 @@ def label_response(
             prompt_tokens_details={"cached_tokens": generated.num_cached_tokens},
         ),
         timing_ms={name: round(value, 3) for name, value in timing.items()},
+        cascade=None
+        if steps is None
+        else [CascadeStep(ratio=ratio, confidence=sure) for ratio, sure in steps],
         explanations=None
         if result.explanations is None
         else [_explained(one) for one in result.explanations],

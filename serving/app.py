@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from serving.adapter_states import AdapterStatus
 from serving.answers import choices_card, label_response, model_cards, status_card
+from serving.cascade import Cascade, climb
 from serving.catalogue import Choices
 from serving.chat import build_call
 from serving.error_handlers import add_error_handlers
@@ -118,6 +119,7 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
         with turnstile.passage(), metrics.latency.labels("label").time():
             deadline = deadline_of(body)
             _check_text(len(body.text), max_chars, "text")
+            cascade = Cascade.asked(body.cascade, body.confidence, body.retention_ratio)
             started = time.perf_counter()
             images = await decoder.decode(read_images(body.images, limits, "image"))
             image_ms = 1e3 * (time.perf_counter() - started)
@@ -128,12 +130,11 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
                 selector=body.selector,
             )
             request_id = f"label-{uuid.uuid4().hex}"
-            result = await until_answered(
-                request,
-                deadline,
-                labeler.label(body.text, images, choices, request_id, explain=body.explain),
-            )
-        answer = label_response(request_id, result, info.num_patches, image_ms)
+            asked = (labeler, body.text, images, choices, cascade, request_id)
+            climbed = await until_answered(request, deadline, climb(*asked, explain=body.explain))
+        answer = label_response(
+            request_id, climbed.result, info.num_patches, image_ms, climbed.steps
+        )
         metrics.labelled(answer)
         return answer
 

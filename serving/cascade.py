@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -11,6 +11,7 @@ from PIL import Image
 from serving.catalogue import Choices
 from serving.errors import BadRequestError
 from serving.labeler import Labeler, LabelResult
+from serving.scoring import confidence_of
 
 MOST_STEPS = 4
 
@@ -66,22 +67,22 @@ class Cascade:
         return cls(ratios=tuple(ratios), confidence=confidence)
 
 
-def confidence_of(probabilities: Mapping[str, Mapping[str, float]]) -> float:
-    """How sure an answer is: the smallest of its fields' winning probabilities."""
-    return min(max(shares.values()) for shares in probabilities.values())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Climbed:
     """The last answer of a cascade, and how sure each was that was asked for.
 
     Attributes:
         result: the answer to give.
-        steps: `(ratio, confidence)` of every ratio asked, in order.
+        steps: `(ratio, confidence)` of every ratio asked, in order; None without a cascade.
     """
 
     result: LabelResult
-    steps: tuple[tuple[float, float], ...]
+    steps: tuple[tuple[float, float], ...] | None
+
+    @property
+    def num_asked(self) -> int:
+        """How many ratios were asked."""
+        return 1 if self.steps is None else len(self.steps)
 
 
 async def climb(
@@ -89,25 +90,42 @@ async def climb(
     text: str,
     images: list[Image.Image],
     choices: Choices,
-    cascade: Cascade,
+    cascade: Cascade | None,
     request_id: str,
+    *,
+    explain: bool = False,
 ) -> Climbed:
     """Labels a post at each ratio in turn until the answer is sure enough.
 
     A post without images costs the same at every ratio and is asked once, at the last.
 
+    Args:
+        labeler: answers.
+        text: of the post.
+        images: of the post.
+        choices: what else is asked for; their ratio is replaced.
+        cascade: ratios and bar, or None to ask once.
+        request_id: unique; each step adds its number.
+        explain: whether answers also say which patches they kept.
+
     Raises:
         SieveError: the request cannot be served.
     """
+    if cascade is None:
+        result = await labeler.label(text, images, choices, request_id, explain=explain)
+        return Climbed(result=result, steps=None)
     steps: list[tuple[float, float]] = []
+    total_ms = 0.0
     for ratio in cascade.ratios if images else cascade.ratios[-1:]:
         result = await labeler.label(
             text,
             images,
             replace(choices, retention_ratio=ratio),
             f"{request_id}-{len(steps)}",
+            explain=explain,
         )
+        total_ms += result.total_ms
         steps.append((ratio, confidence_of(result.scores.probabilities)))
         if steps[-1][1] >= cascade.confidence:
             break
-    return Climbed(result=result, steps=tuple(steps))
+    return Climbed(result=replace(result, total_ms=total_ms), steps=tuple(steps))

@@ -1,4 +1,4 @@
-"""The command line: one flag a field of `Settings`, and the commands `label` and `verify`."""
+"""The command line: one flag a field of `Settings`, and the commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COMMANDS = {
     "label": "serving.cli:label_command",
     "verify": "serving.cli:verify_command",
 }
-"""What may follow `python -m serving`, and what reads its arguments; nothing follows: the server."""
+"""What may follow `python -m serving`, and what reads its arguments; else it is the server."""
 
 
 def parse_command(argv: list[str]) -> Command:

@@ -46,6 +46,15 @@ class LabelRequest(RetentionFields):
     )
     text: str = ""
     model: str | None = Field(None, description="the base model or an adapter")
+    cascade: list[float] | None = Field(
+        None,
+        max_length=8,
+        description="rising retention ratios; the next is asked only where an answer is not sure",
+        examples=[[0.2, 1.0]],
+    )
+    confidence: float | None = Field(
+        None, description="how sure is sure in a cascade", examples=[0.9]
+    )
     explain: bool = Field(
         False, description="also answer which patches of each image were kept, and their scores"
     )
@@ -101,11 +110,19 @@ class ImageExplanation(BaseModel):
     kept: list[int]
 
 
+class CascadeStep(BaseModel):
+    """A ratio that was asked in a cascade, and how sure its answer was."""
+
+    ratio: float
+    confidence: float
+
+
 class LabelResponse(BaseModel):
     """Answer of `POST /v1/label`.
 
     `probabilities` are the model's over the allowed labels: a field's are conditional on the labels
-    answered before it and sum to 1.
+    answered before it and sum to 1. `confidence` is the smallest of the winning ones. Of a cascade
+    everything is the last answer's, but `timing_ms.total`, which is all of them.
     """
 
     id: str
@@ -113,9 +130,11 @@ class LabelResponse(BaseModel):
     label_structure: str
     labels: dict[str, str]
     probabilities: dict[str, dict[str, float]]
+    confidence: float
     retention: Retained
     usage: Usage
     timing_ms: dict[str, float]
+    cascade: list[CascadeStep] | None = None  # where asked for
     explanations: list[ImageExplanation] | None = None  # where asked for; one an image
 
 

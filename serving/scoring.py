@@ -41,6 +41,11 @@ class Scores:
     unresolved: list[Unresolved] = field(default_factory=list)
 
 
+def confidence_of(probabilities: Mapping[str, Mapping[str, float]]) -> float:
+    """How sure an answer is: the smallest of its fields' winning probabilities."""
+    return min(max(shares.values()) for shares in probabilities.values())
+
+
 def score(
     constraint: Constraint, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, float]]
 ) -> Scores:

@@ -14,11 +14,12 @@ from PIL import Image
 
 from serving.batch.outcomes import Answer, Failure
 from serving.batch.prepare import Prepared
-from serving.cascade import Cascade, Climbed, climb, confidence_of
+from serving.cascade import Cascade, climb
 from serving.catalogue import Choices
 from serving.errors import BadRequestError, EngineDeadError, SieveError
 from serving.labeler import Labeler, LabelResult
 from serving.posts import Post
+from serving.scoring import confidence_of
 
 REMEMBERED = 20_000
 """Answers kept for equal posts that may follow; some 20 MB."""
@@ -140,11 +141,10 @@ async def _answer(
     cascade: Cascade | None,
 ) -> Answer:
     request_id = f"batch-{uuid.uuid4().hex}"
-    if cascade is None:
-        result = await labeler.label(text, list(images), choices, request_id)
-        return read_answer(labeler, result)
-    climbed: Climbed = await climb(labeler, text, list(images), choices, cascade, request_id)
-    return read_answer(labeler, climbed.result, num_asked=len(climbed.steps))
+    climbed = await climb(labeler, text, list(images), choices, cascade, request_id)
+    return read_answer(
+        labeler, climbed.result, num_asked=1 if climbed.steps is None else len(climbed.steps)
+    )
 
 
 def read_answer(labeler: Labeler, result: LabelResult, num_asked: int = 1) -> Answer:

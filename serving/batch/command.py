@@ -82,6 +82,55 @@ def batch_command(argv: list[str]) -> Callable[[], Coroutine[None, None, int]]:
     return command
 
 
+_CALIBRATE_EPILOG = """\
+The bar is set on half of the posts and measured on the other half: agreement with the highest
+ratio, accuracy where the posts have labels, posts a second beside either ratio alone. Give what it
+prints to 'batch', or to /v1/label as cascade and confidence.
+
+example:
+  python -m serving calibrate --data posts.jsonl --model sentiment --cascade 0.2,1.0 \\
+      --agreement 0.98
+"""
+
+
+def calibrate_command(argv: list[str]) -> Callable[[], Coroutine[None, None, int]]:
+    """The command that the arguments ask for.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+    """
+    from serving.batch.calibrate import CalibrateOptions, run_calibrate
+    from serving.cli import add_settings, read_settings
+
+    parser = argparse.ArgumentParser(
+        prog="python -m serving calibrate",
+        description="Find how sure an answer at a low ratio must be to be kept.",
+        epilog=_CALIBRATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="posts: a folder or a file")
+    add("--cascade", required=True, help="the two ratios, e.g. 0.2,1.0")
+    add("--agreement", type=float, required=True, help="wanted share of equal labels, e.g. 0.98")
+    add("--model", help="adapter, or the base model")
+    add("--label-structure", help="structure; by default the adapter's")
+    add("--selector", help="which patches are kept")
+    add("--split", help="only the ids of SPLIT_ids.txt, or of a file")
+    add("--limit", type=int, default=600, help="posts to look at, at random (default 600)")
+    add("--block", type=int, default=50, help="posts a timed block (default 50)")
+    add("--concurrency", type=int, default=32, help="posts in the engine at once (default 32)")
+    add("--seed", type=int, default=0, help="of the choice of posts and orders (default 0)")
+    add("--json", action="store_true", dest="as_json", help="print for machines")
+    add("--checkpoint", help="checkpoint to load (default the demo)")
+    add_settings(parser, {name: Settings.model_fields[name] for name in ENGINE_FIELDS})
+    given = vars(parser.parse_args(argv))
+    engine = {name: given.pop(name) for name in ("config", *ENGINE_FIELDS)}
+    settings = read_settings({**engine, "model": given.pop("checkpoint")})
+    given["cascade"] = read_ratios(given["cascade"])
+    options = CalibrateOptions(**given)
+    return lambda: stopped_by_sigterm(run_calibrate(options, settings))
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, help="posts: a folder, a file, or a URL")

@@ -117,7 +117,7 @@ class Plan:
         """The posts to label."""
         options = self.options
         return read_posts(
-            options.data if options.is_remote else Path(options.data),  # type: ignore[arg-type]
+            options.data if options.is_remote else Path(options.data),
             split=options.split,
             fields=options.fields or None,
             duplicates=options.duplicates,

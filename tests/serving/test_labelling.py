@@ -45,6 +45,7 @@ def answer(label: str = "positive", *, patches: int = 576) -> dict[str, Any]:
         "label_structure": "sentiment",
         "labels": {"sentiment": label},
         "probabilities": {"sentiment": SHARES},
+        "confidence": max(SHARES.values()),
         "retention": {
             "ratio": 0.4,
             "selector": "cls",

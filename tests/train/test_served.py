@@ -50,6 +50,7 @@ def answer(body):
         "label_structure": body["label_structure"],
         "labels": dict.fromkeys(FIELDS, "positive"),
         "probabilities": dict.fromkeys(FIELDS, shares),
+        "confidence": max(shares.values()),
         "retention": {
             "ratio": body["retention_ratio"],
             "selector": body["selector"],
