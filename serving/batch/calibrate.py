@@ -93,17 +93,21 @@ class Pair:
 
 
 def find_bar(pairs: Sequence[Pair], agreement: float) -> float:
-    """The lowest bar at which a cascade agrees with the high ratio in that share of the posts.
+    """The lowest bar at which a cascade is expected to agree with the high ratio that often.
 
-    Posts below the bar go up and agree, so a higher bar never agrees less. Where even sure answers
-    disagree too often, it is 1.0: nearly every post goes up.
+    Posts below the bar go up and agree, so a higher bar never agrees less. Of n posts that set the
+    bar, (n + 1) (1 - agreement) - 1 may disagree: then posts of the same kind agree as often as
+    wanted, on average over choices of the n (conformal risk control, arXiv:2208.02814). Where that
+    is fewer than none, or even sure answers disagree, the bar is 1.0: nearly every post goes up.
     """
-    allowed = math.floor((1 - agreement) * len(pairs) + 1e-9)
+    allowed = math.floor((len(pairs) + 1) * (1 - agreement) - 1 + 1e-9)
     wrong = sorted((pair.low.confidence for pair in pairs if not pair.agrees), reverse=True)
+    if allowed < 0:
+        return 1.0
     if len(wrong) <= allowed:
         return min(pair.low.confidence for pair in pairs)
-    above = sorted(pair.low.confidence for pair in pairs if pair.low.confidence > wrong[allowed])
-    return above[0] if above else 1.0
+    above = [pair.low.confidence for pair in pairs if pair.low.confidence > wrong[allowed]]
+    return min(above, default=1.0)
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
