@@ -11,7 +11,7 @@ from operator import itemgetter
 
 from serving.errors import ConfigError
 from serving.posts.ids import LIST_SUFFIX
-from serving.posts.places import Place
+from serving.posts.places import Place, UrlPath
 from serving.posts.post import IMAGE_SUFFIXES, Post
 from serving.posts.reader import Found, Posts, Reading, RowError
 
@@ -26,7 +26,7 @@ class FolderPosts(Posts):
 
     def __init__(self, source: Place, reading: Reading) -> None:
         super().__init__(source, reading)
-        self._files = _Files(path.name for path in source.iterdir())
+        self._files = _Files(_names(source))
         if reading.duplicates == "error":
             self._check_unique()
         if reading.chosen is None:
@@ -42,7 +42,7 @@ class FolderPosts(Posts):
     @staticmethod
     def matches(source: Place) -> bool:
         """Whether the source has this layout."""
-        return source.is_dir() and any(_kind(path.name) for path in source.iterdir())
+        return source.is_dir() and any(map(_kind, _names(source)))
 
     def _found(self) -> Iterator[Found]:
         for kinds in self._files.by_stem():
@@ -105,6 +105,15 @@ class _Files:
         amount = "MAX(num)" if are_all else "1"
         stems = f"SELECT {amount} AS num FROM ({each}) GROUP BY stem"
         return int(self._table.execute(f"SELECT TOTAL(num) FROM ({stems})").fetchone()[0])
+
+
+def _names(folder: Place) -> Iterator[str]:
+    """Names of what is in a folder; of this machine's not all at once."""
+    if isinstance(folder, UrlPath):
+        yield from (path.name for path in folder.iterdir())
+    else:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries)
 
 
 def _stem(name: str) -> str:

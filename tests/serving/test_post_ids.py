@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from serving.errors import ConfigError
@@ -61,7 +65,33 @@ def write_json(path: Path, count: int) -> None:
         file.write("]")
 
 
-# In a process of its own: what it takes above the memory after the first thousand posts.
+def write_lines(path: Path, count: int) -> None:
+    line = {"method": "POST", "url": "/v1/label"}
+    with path.open("w") as file:
+        for number in range(count):
+            body = {"text": f"text {number}", "image": "data:image/png;base64,aGk="}
+            file.write(json.dumps({"custom_id": f"post-{number}", **line, "body": body}) + "\n")
+
+
+def write_parquet(path: Path, count: int) -> None:
+    columns = {
+        "id": [f"post-{number}" for number in range(count)],
+        "text": [f"text {number}" for number in range(count)],
+        "image": ["a.jpg"] * count,
+        "labels.sentiment": ["neutral"] * count,
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def write_shuffled(path: Path, count: int) -> None:
+    """Ids in no order, as of UUIDs, which are the worst for a sorted table."""
+    digests = (hashlib.md5(f"{number}".encode()).hexdigest() for number in range(count))
+    with path.open("w") as file:
+        for digest in digests:
+            file.write(f'{{"id": "{digest}", "image": "a.jpg", "text": "text"}}\n')
+
+
+# In a process of its own: what it takes above the memory after the first ten thousand posts.
 MEASURE = """
 import itertools, os, sys, time
 from pathlib import Path
@@ -72,27 +102,34 @@ def mib():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 posts = read_posts(Path(sys.argv[1]), split=sys.argv[2] or None)
-for post in itertools.islice(read_posts(Path(sys.argv[1])), 1000):
+for post in itertools.islice(read_posts(Path(sys.argv[1])).entries(), 10_000):
     pass
 before = peak = mib()
-start, count = time.perf_counter(), 0
-for post in posts:
+start, count = time.process_time(), 0
+for post in posts.entries():
     count += 1
     if count % 10_000 == 0:
         peak = max(peak, mib())
-print(count, max(peak, mib()) - before, time.perf_counter() - start)
+print(count, max(peak, mib()) - before, time.process_time() - start)
 """
 
 
 def read_apart(source: Path, split: str = "") -> tuple[int, float, float]:
-    """Posts read, MiB on top, seconds."""
+    """Posts read, MiB on top, seconds of CPU."""
     command = [sys.executable, "-c", MEASURE, str(source), split]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     count, grown, seconds = done.stdout.split()
     return int(count), float(grown), float(seconds)
 
 
-WRITERS = {"posts.jsonl": write_jsonl, "posts.csv": write_csv, "posts.json": write_json}
+WRITERS = {
+    "posts.jsonl": write_jsonl,
+    "shuffled.jsonl": write_shuffled,
+    "requests.jsonl": write_lines,
+    "posts.csv": write_csv,
+    "posts.parquet": write_parquet,
+    "posts.json": write_json,
+}
 
 
 @pytest.mark.long
@@ -101,9 +138,19 @@ def test_a_million_posts_are_read_in_flat_memory(name: str, tmp_path: Path) -> N
     write: Callable[[Path, int], None] = WRITERS[name]
     write(tmp_path / name, MILLION)
     count, grown, seconds = read_apart(tmp_path / name)
-    print(f"{name}: {count} posts in {seconds:.1f} s, {grown:.1f} MiB on top of a thousand")
+    print(f"{name}: {count / seconds:.0f} posts per CPU second, {grown:.1f} MiB on top of 10,000")
     assert count == MILLION
     assert grown < 16
+
+
+def test_a_folder_is_read_in_flat_memory(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"picture")
+    for number in range(30_000):
+        os.link(tmp_path / "0.jpg", tmp_path / f"post-{number}.jpg")
+    count, grown, seconds = read_apart(tmp_path)
+    print(f"folder: {count / seconds:.0f} posts per CPU second, {grown:.1f} MiB on top of 10,000")
+    assert count == 30_001
+    assert grown < 8
 
 
 @pytest.mark.long
@@ -112,7 +159,7 @@ def test_half_a_million_of_a_million_are_chosen_in_flat_memory(tmp_path: Path) -
     ids = "\n".join(f"post-{number}" for number in range(0, MILLION, 2))
     (tmp_path / "half_ids.txt").write_text(ids)
     count, grown, seconds = read_apart(tmp_path / "posts.jsonl", "half")
-    print(f"{count} of {MILLION} posts in {seconds:.1f} s, {grown:.1f} MiB on top of a thousand")
+    print(f"{count} of {MILLION} posts in {seconds:.1f} CPU s, {grown:.1f} MiB on top of 10,000")
     assert count == MILLION // 2
     assert grown < 16
 
