@@ -193,7 +193,7 @@ async def _tile(path: Path, sender: Sender, options: ExplainOptions, limits: Ima
         lines=[
             path.name,
             f"{kept.kept} of {kept.patches} kept by {kept.selector}",
-            ", ".join(_labels(answer)),
+            *_labels(answer),
         ],
     )
 

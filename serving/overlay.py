@@ -153,22 +153,31 @@ def contact_sheet(tiles: Sequence[Tile], columns: int, *, side: int = 280) -> Im
     """Tiles row by row on paper, RGB; each picture at most `side` pixels a side."""
     assert tiles
     assert columns > 0
-    gap, font = 20, ImageFont.load_default(14)
-    line = 20
-    high = side + 8 + line * max(len(tile.lines) for tile in tiles)
-    rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (high + gap)), PAPER)
-    canvas = ImageDraw.Draw(sheet)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        x, y = gap + column * (side + gap), gap + row * (high + gap)
-        small = tile.picture.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        sheet.paste(small, (x, y + side - small.height))
-        for number, text in enumerate(tile.lines):
-            place = (x, y + side + 8 + number * line)
-            canvas.text(place, _fitted(text, side, font), INK if number == 0 else SOFT, font)
+    gap, line, font = 20, 20, ImageFont.load_default(14)
+    small = [_small(tile.picture, side) for tile in tiles]
+    rows = [
+        range(first, min(first + columns, len(tiles))) for first in range(0, len(tiles), columns)
+    ]
+    pictures = [max(small[index].height for index in row) for row in rows]
+    texts = [8 + line * max(len(tiles[index].lines) for index in row) for row in rows]
+    size = (gap + columns * (side + gap), gap + sum(pictures) + sum(texts) + gap * len(rows))
+    sheet = Image.new("RGB", size, PAPER)
+    canvas, top = ImageDraw.Draw(sheet), gap
+    for row, picture, text in zip(rows, pictures, texts, strict=True):
+        for column, index in enumerate(row):
+            x = gap + column * (side + gap)
+            sheet.paste(small[index], (x, top))
+            for number, words in enumerate(tiles[index].lines):
+                place = (x, top + picture + 8 + number * line)
+                canvas.text(place, _fitted(words, side, font), SOFT if number else INK, font)
+        top += picture + text + gap
     return sheet
+
+
+def _small(picture: Image.Image, side: int) -> Image.Image:
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

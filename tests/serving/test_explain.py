@@ -47,13 +47,19 @@ def padding_server(padding):
 
 
 @pytest.fixture(
-    params=["demo", "published", pytest.param("padding", marks=pytest.mark.long)], scope="module"
+    params=[
+        "demo",
+        "published",
+        pytest.param("padding", marks=pytest.mark.long),
+        pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.long]),
+    ],
+    scope="module",
 )
 def served(request):
     """A server with its checkpoint."""
     server = request.getfixturevalue(f"{request.param}_server")
-    folder = DEMO / "base" if request.param == "demo" else request.getfixturevalue(request.param)
-    return server, folder
+    is_demo = request.param in ("demo", "ray")
+    return server, DEMO / "base" if is_demo else request.getfixturevalue(request.param)
 
 
 @functools.cache
