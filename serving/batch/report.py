@@ -130,8 +130,8 @@ def histogram_line(bins: list[int]) -> str:
 class Progress:
     """A bar with rate, tokens saved, errors and time left; a line a minute without a terminal."""
 
-    def __init__(self, bar: tqdm, every_s: float = 60.0) -> None:
-        self._bar, self._every_s = bar, every_s
+    def __init__(self, bar: tqdm, left: int | None, every_s: float = 60.0) -> None:
+        self._bar, self._left, self._every_s = bar, left, every_s
         self._kept = self._patches = 0
         self.num_done = self.num_failed = 0
         self.started = self._told = time.monotonic()
@@ -148,16 +148,25 @@ class Progress:
             disable=not sys.stderr.isatty(),
             smoothing=0.05,
         ) as bar:
-            yield cls(bar)
+            yield cls(bar, None if total is None else total - done)
 
     def add(self, outcome: Outcome) -> None:
         """One post more."""
-        self.num_done += 1
-        self.num_failed += outcome.error is not None
-        self._kept += sum(answer.kept for answer in outcome.answers)
-        self._patches += sum(answer.patches for answer in outcome.answers)
+        self.add_posts(
+            1,
+            failed=outcome.error is not None,
+            kept=sum(answer.kept for answer in outcome.answers),
+            patches=sum(answer.patches for answer in outcome.answers),
+        )
+
+    def add_posts(self, posts: int, *, failed: int, kept: int, patches: int) -> None:
+        """Posts more, some of them failed, with their visual tokens."""
+        self.num_done += posts
+        self.num_failed += failed
+        self._kept += kept
+        self._patches += patches
         self._bar.set_postfix(errors=self.num_failed, saved=self._saved, refresh=False)
-        self._bar.update()
+        self._bar.update(posts)
         if self._bar.disable and time.monotonic() - self._told > self._every_s:
             self._tell()
 
@@ -168,9 +177,9 @@ class Progress:
     def _tell(self) -> None:
         self._told = time.monotonic()
         rate = self.num_done / (self._told - self.started)
-        total = self._bar.total
-        left = (total - self._bar.initial - self.num_done) / rate if total else None
-        time_left = f", {left / 60:.0f} min left" if left is not None else ""
+        time_left = ""
+        if self._left is not None:
+            time_left = f", {(self._left - self.num_done) / rate / 60:.0f} min left"
         print(
             f"{self.num_done} posts, {rate:.1f} posts/s, {self.num_failed} errors, "
             f"tokens saved {self._saved}{time_left}",
