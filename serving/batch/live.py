@@ -64,14 +64,16 @@ class LiveLabeler:
 
         Raises:
             Failure: the engine ended on it when it was alone.
-            EngineDeadError: that happened several times in a row, with different work.
+            EngineDeadError: that happened several times with nothing done in between.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._num_suspects == 0)
             self._num_working += 1
         generation = self._generation
         try:
-            return await work(self.labeler)
+            answer = await work(self.labeler)
+            self._crashes = 0
+            return answer
         except EngineDeadError:
             self._num_suspects += 1
         finally:

@@ -12,11 +12,11 @@ import hashlib
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ class Preparer:
 
     def _new_pool(self, num_workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            num_workers, self._context, initializer=_begin, initargs=(*self._start, os.getpid())
+            num_workers, self._context, initializer=_begin, initargs=self._start
         )
 
     async def prepare(self, posts: Sequence[Post]) -> list[Prepared | Failure]:
@@ -166,15 +166,25 @@ class Preparer:
                 if pool is self._pool:
                     pool.shutdown(wait=False)
                     self._pool = self._new_pool(self.num_workers)
-                return [await self._prepare_alone(post) for post in posts]
+                return await self._one_by_one(posts)
 
-    async def _prepare_alone(self, post: Post) -> Prepared | Failure:
-        loop = asyncio.get_running_loop()
-        with self._new_pool(1) as pool:
-            try:
-                return (await loop.run_in_executor(pool, _work, [post]))[0]
-            except BrokenProcessPool:
-                return Failure("decode", "its image ended the worker", code="worker_crashed")
+    async def _one_by_one(self, posts: Sequence[Post]) -> list[Prepared | Failure]:
+        """A worker of its own for posts of which one may end it."""
+        loop, done = asyncio.get_running_loop(), list[Prepared | Failure]()
+        pool = self._new_pool(1)
+        try:
+            for post in posts:
+                try:
+                    done += await loop.run_in_executor(pool, _work, [post])
+                except BrokenProcessPool:
+                    done.append(
+                        Failure("decode", "its image ended the worker", code="worker_crashed")
+                    )
+                    pool.shutdown(wait=False)
+                    pool = self._new_pool(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return done
 
     def close(self) -> None:
         """Ends the workers."""
@@ -185,7 +195,7 @@ _limits = ImageLimits()
 _processor: Any = None
 
 
-def _begin(limits: ImageLimits, fitting: Fitting, parent: int) -> None:
+def _begin(limits: ImageLimits, fitting: Fitting) -> None:
     """Starts a worker: one thread, and an end with the process it works for."""
     global _limits, _processor
     import torch
@@ -196,17 +206,19 @@ def _begin(limits: ImageLimits, fitting: Fitting, parent: int) -> None:
         from transformers import AutoImageProcessor
 
         _processor = AutoImageProcessor.from_pretrained(fitting.model)
-    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_without(parent: int, every_s: float = 1.0) -> None:
-    """Ends this worker after its parent, which may have been killed."""
-    while True:
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
-            os._exit(1)
-        time.sleep(every_s)
+def _end_with_parent() -> None:
+    """Ends this worker with the process it works for, which may be killed.
+
+    The sentinel is a pipe that the parent holds: it closes at once, also where nobody reaps the
+    killed process.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(posts: Sequence[Post]) -> list[Prepared | Failure]:

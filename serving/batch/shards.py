@@ -19,10 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from serving.batch.counts import Counts
 from serving.batch.outcomes import Outcome
@@ -30,6 +31,7 @@ from serving.errors import ConfigError
 
 STATE = ".batch"
 COMMIT = "commit.json"
+HELPERS_END_S = 60.0
 
 
 class IdsDigest:
@@ -65,18 +67,73 @@ class RunFolder:
         with writing(path):
             self.state.mkdir(parents=True, exist_ok=True)
 
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether a run noted there what it was asked for."""
+        return (path / STATE / "run.json").exists()
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other runs out; a killed process lets go by itself."""
-        with writing(self.path), (self.state / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        """Keeps other runs out and ends what a killed one left; a killed process lets go by itself.
+
+        Raises:
+            ConfigError: another process works on it, or it cannot be written.
+        """
+        with writing(self.path):
+            file = (self.state / "lock").open("w")
+        with file:
+            if not _locks(file):
                 raise ConfigError(
                     f"out={str(self.path)!r}: another run works on it; wait for it or stop it",
                     param="out",
-                ) from None
+                )
+            self.wait_for_helpers()
+            self.recover()
             yield
+
+    @contextmanager
+    def helped(self) -> Iterator[None]:
+        """Keeps later runs waiting while this process works for the run that holds the folder."""
+        with writing(self.path):
+            file = self._helpers.open("a")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def wait_for_helpers(self, most_s: float = HELPERS_END_S) -> None:
+        """Waits until no process works in `helped`: those of a killed run end a little later.
+
+        Raises:
+            ConfigError: some still does.
+        """
+        deadline = time.monotonic() + most_s
+        with writing(self.path):
+            file = self._helpers.open("a")
+        with file:
+            while not _locks(file):
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"out={str(self.path)!r}: engines of a run before this one still work on "
+                        "it; wait for them or stop them",
+                        param="out",
+                    )
+                time.sleep(0.1)
+
+    @property
+    def _helpers(self) -> Path:
+        return self.state / "helpers"
+
+    def recover(self) -> None:
+        """Finishes shards that are decided, and removes what no shard needs any more."""
+        with writing(self.path):
+            for making in self.state.glob("*.making"):
+                shutil.rmtree(making)
+            for ready in sorted(self.state.glob("*.ready")):
+                self.finish(int(ready.stem))
+            for journal in self.state.glob("*.journal"):
+                commit = self._commit(int(journal.stem))
+                if commit.exists() and not json.loads(commit.read_text())["failed"]:
+                    journal.unlink()
 
     def check_same(self, asked: Mapping[str, Any]) -> bool:
         """Notes what is asked for, or compares it with what was; whether the run goes on.
@@ -93,7 +150,8 @@ class RunFolder:
                     "an empty or new folder",
                     param="out",
                 )
-            write_whole(path, json.dumps(asked, indent=2))
+            with writing(self.path):
+                write_whole(path, json.dumps(asked, indent=2))
             return False
         before = json.loads(path.read_text())
         for name in asked:
@@ -105,21 +163,35 @@ class RunFolder:
                 )
         return True
 
-    def commits(self) -> dict[int, dict[str, Any]]:
-        """Shards that are done, after finishing those that were being published."""
-        for ready in sorted(self.state.glob("*.ready")):
-            self.finish(int(ready.stem))
+    def commits(self, shards: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+        """Shards that are done: `posts`, `failed` and the digest `ids` of each.
+
+        Args:
+            shards: only these, whose decided ones are finished first; None for all.
+        """
+        for index in shards or ():
+            if self._ready(index).exists():
+                self.finish(index)
         return {
-            int(path.stem): json.loads(path.read_text())
-            for path in sorted(self.state.glob("[0-9]*.json"))
+            index: {name: commit[name] for name in ("posts", "failed", "ids")}
+            for index, commit in self._read_commits(shards)
         }
 
     def counts(self) -> Counts:
         """Of all published posts."""
         counts = Counts()
-        for commit in self.commits().values():
+        for _, commit in self._read_commits():
             counts += Counts(commit["counts"])
         return counts
+
+    def _read_commits(
+        self, shards: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        if shards is None:
+            shards = [int(path.stem) for path in self.state.glob("[0-9]*.json")]
+        for index in shards:
+            if self._commit(index).exists():
+                yield index, json.loads(self._commit(index).read_text())
 
     def publish(self, index: int, files: Mapping[str, Callable[[Path], None]], commit: Any) -> None:
         """Decides a shard: all of its files or none.
@@ -142,21 +214,21 @@ class RunFolder:
 
     def finish(self, index: int) -> None:
         """Moves a decided shard's files into place; may be repeated after a kill."""
-        ready = self._ready(index)
+        ready, commit = self._ready(index), self._commit(index)
         with writing(self.path):
-            kinds = json.loads((ready / COMMIT).read_text())["files"]
-            for old in self.path.glob(f"*-{index:05d}.*"):
-                if self._kind(old, index) not in kinds:
-                    old.unlink()
-            for kind in kinds:
-                if (ready / kind).exists():
-                    (ready / kind).replace(self.path / named(kind, index))
-            (ready / COMMIT).replace(self.state / f"{index:05d}.json")
+            if (ready / COMMIT).exists():  # else the kill came when only the empty folder was left
+                kinds = json.loads((ready / COMMIT).read_text())["files"]
+                before = json.loads(commit.read_text())["files"] if commit.exists() else []
+                for kind in set(before) - set(kinds):
+                    (self.path / named(kind, index)).unlink(missing_ok=True)
+                for kind in kinds:
+                    if (ready / kind).exists():
+                        (ready / kind).replace(self.path / named(kind, index))
+                (ready / COMMIT).replace(commit)
             ready.rmdir()
 
-    @staticmethod
-    def _kind(path: Path, index: int) -> str:
-        return path.name.replace(f"-{index:05d}.", ".", 1)
+    def _commit(self, index: int) -> Path:
+        return self.state / f"{index:05d}.json"
 
     def _ready(self, index: int) -> Path:
         return self.state / f"{index:05d}.ready"
@@ -225,6 +297,15 @@ def writing(path: Path) -> Iterator[None]:
             param="out",
             code="output_unwritable",
         ) from error
+
+
+def _locks(file: IO[str]) -> bool:
+    """Takes a lock that no other process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -41,11 +41,13 @@ class OpenShard:
     index: int
     journal: Journal
     ids: IdsDigest
+    is_read: bool = False
     is_published: bool = False
 
     def take_if_done(self) -> bool:
-        """Whether every post of it has an outcome; true once."""
-        if self.is_published or len(self.journal.outcomes) < self.ids.num_ids:
+        """Whether it is read to its end and every post of it has an outcome; true once."""
+        num_known = len(self.journal.outcomes)
+        if self.is_published or not self.is_read or num_known < self.ids.num_ids:
             return False
         self.is_published = True
         return True
@@ -86,7 +88,7 @@ class Work:
         self.folder, self.table, self.format = folder, table, format
         self.shard_size, self.retries_failed = shard_size, retries_failed
         self._wanted = shards
-        self._commits = folder.commits()
+        self._commits = folder.commits(shards)
         self._on_done: Callable[[Outcome], None] = lambda outcome: None
 
     @property
@@ -107,15 +109,17 @@ class Work:
         *,
         concurrency: int,
         on_done: Callable[[Outcome], None],
+        first_shard: int = 0,
     ) -> None:
         """Labels what is not labelled yet.
 
         Args:
-            entries: all posts of the source, in its order.
+            entries: posts of the source, in its order.
             preparer: decodes images.
             answer: labels one prepared post.
             concurrency: most posts in the engine.
             on_done: told every outcome of this run, as it comes.
+            first_shard: the shard that entries begin with.
 
         Raises:
             ConfigError: the source changed, or the output cannot be written.
@@ -124,7 +128,7 @@ class Work:
         self._on_done = on_done
         gate = asyncio.Semaphore(concurrency)
         ahead = asyncio.Semaphore(2 * concurrency // CHUNK + preparer.num_workers + 2)
-        chunks = self._chunks(entries)
+        chunks = self._chunks(entries, first_shard)
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
@@ -137,36 +141,59 @@ class Work:
         except* Exception as group:
             raise _first(group) from None
 
-    def _chunks(self, entries: Iterable[Entry]) -> Iterator[Chunk]:
+    def _chunks(self, entries: Iterable[Entry], first_shard: int) -> Iterator[Chunk]:
         """Posts that are not done yet; runs in a thread, ahead of the rest."""
-        numbered = enumerate(entries)
-        for index in itertools.count():
-            shard = list(itertools.islice(numbered, self.shard_size))
-            if not shard:
+        numbered = enumerate(entries, first_shard * self.shard_size)
+        for index in itertools.count(first_shard):
+            first = next(numbered, None)
+            if first is None:
                 return
-            yield from self._chunks_of(index, shard)
+            rest = itertools.islice(numbered, self.shard_size - 1)
+            yield from self._chunks_of(index, itertools.chain((first,), rest))
 
-    def _chunks_of(self, index: int, numbered: list[tuple[int, Entry]]) -> Iterator[Chunk]:
-        if self._wanted is not None and index not in self._wanted:
-            return
-        digest = IdsDigest()
-        for _, entry in numbered:
-            digest.add(entry.id)
+    def _chunks_of(self, index: int, numbered: Iterator[tuple[int, Entry]]) -> Iterator[Chunk]:
+        """Chunks of one shard, which is never held whole: rows may have images within them."""
+        commit, shard = self._commits.get(index), self._open(index)
+        ids = IdsDigest() if shard is None else shard.ids
+        num_before = 0 if shard is None else len(shard.journal.outcomes)
+        todo: list[tuple[int, Entry]] = []
+        for number, entry in numbered:
+            ids.add(entry.id)
+            if shard is None:
+                continue
+            known = shard.journal.outcomes.get(number)
+            if known is None:
+                todo.append((number, entry))
+            elif known.id == entry.id:
+                num_before -= 1
+            else:
+                raise self._changed(index)
+            if len(todo) == CHUNK:
+                yield Chunk(shard=shard, entries=todo)
+                todo = []
+        if num_before or (commit is not None and commit["ids"] != ids.hexdigest()):
+            raise self._changed(index)
+        if shard is not None:
+            shard.is_read = True
+            yield Chunk(shard=shard, entries=todo)
+
+    def _open(self, index: int) -> OpenShard | None:
+        """A shard that has posts to label; None where it is done, or not this worker's."""
         commit = self._commits.get(index)
-        if commit is not None and commit["ids"] != digest.hexdigest():
-            raise _changed(numbered)
+        if self._wanted is not None and index not in self._wanted:
+            return None
         if commit is not None and not (self.retries_failed and commit["failed"]):
-            return
+            return None
         journal = Journal(self.folder.journal(index), keeps_errors=not self.retries_failed)
-        ids = {number: entry.id for number, entry in numbered}
-        if any(ids.get(number) != known.id for number, known in journal.outcomes.items()):
-            raise _changed(numbered)
-        shard = OpenShard(index=index, journal=journal, ids=digest)
-        todo = [item for item in numbered if item[0] not in journal.outcomes]
-        for start in range(0, len(todo), CHUNK):
-            yield Chunk(shard=shard, entries=todo[start : start + CHUNK])
-        if not todo:
-            yield Chunk(shard=shard, entries=[])
+        return OpenShard(index=index, journal=journal, ids=IdsDigest())
+
+    def _changed(self, index: int) -> ConfigError:
+        first = index * self.shard_size + 1
+        return ConfigError(
+            f"among the {self.shard_size} posts from number {first} on are others than those that "
+            "this run labelled: the data changed since; name another --out",
+            param="data",
+        )
 
     async def _do_chunk(
         self, chunk: Chunk, preparer: Prepares, answer: Answers, gate: asyncio.Semaphore
@@ -243,15 +270,6 @@ class Work:
         shard.journal.close()
         if not failed:  # failed posts may be tried again, beside what the journal has of the others
             shard.journal.path.unlink()
-
-
-def _changed(numbered: list[tuple[int, Entry]]) -> ConfigError:
-    first, last = numbered[0][0] + 1, numbered[-1][0] + 1
-    return ConfigError(
-        f"posts {first} to {last} of the data are not those that this run labelled: it changed "
-        "since; name another --out",
-        param="data",
-    )
 
 
 def _review(post: Post) -> dict[str, Any]:
