@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import faults, homes, ramp, server, shape, tower, training
+from bench import batch, faults, homes, ramp, server, shape, tower, training
 from bench.environment import describe
 from bench.outcome import BenchError
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "ramp": ramp,
     "ray": homes,
     "faults": faults,
+    "batch": batch,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -35,6 +36,7 @@ examples:
   python -m bench ramp --plot ramp.png        engines on Ray that follow a load
   python -m bench ray --parts home            the Ray home beside one process
   python -m bench faults --drills replica     what clients see when an engine is killed
+  python -m bench batch --data posts.jsonl    batches beside the engine's limit and vLLM's run_batch
   python -m bench shape --help                what a command measures, and its options
 """
 

@@ -63,7 +63,7 @@ def our_server(settings: Settings, num_threads: int) -> Server:
     arguments += ["--max-num-seqs", str(settings.max_num_seqs)]
     if settings.adapters_folder is not None:
         arguments += ["--adapters", str(settings.adapters_folder)]
-    environment = _environment(settings, num_threads)
+    environment = equal_environment(settings, num_threads)
     return Server(
         name=OURS, arguments=arguments, port=port, ready_path="/readyz", environment=environment
     )
@@ -72,20 +72,27 @@ def our_server(settings: Settings, num_threads: int) -> Server:
 def their_server(settings: Settings, num_threads: int) -> Server:
     """VLLM's OpenAI server: stock architecture, no plugin, the engine arguments of ours."""
     port = free_port()
-    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
-    arguments += ["--served-model-name", settings.served_name, "--port", str(port)]
-    arguments += ["--host", "127.0.0.1", "--dtype", settings.dtype, "--enforce-eager"]
-    arguments += ["--max-num-seqs", str(settings.max_num_seqs), "--block-size", "32"]
-    arguments += ["--limit-mm-per-prompt", f'{{"image": {settings.max_images}}}']
-    arguments += ["--structured-outputs-config", '{"backend": "outlines"}']
-    arguments += ["--no-enable-prefix-caching", *_lora_arguments(settings)]
-    environment = {**_environment(settings, num_threads), "VLLM_PLUGINS": ""}
+    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
+    arguments += ["--host", "127.0.0.1", *engine_arguments(settings)]
+    arguments += ["--no-enable-prefix-caching"]
+    environment = {**equal_environment(settings, num_threads), "VLLM_PLUGINS": ""}
     return Server(
         name=THEIRS, arguments=arguments, port=port, ready_path="/health", environment=environment
     )
 
 
-def _environment(settings: Settings, num_threads: int) -> dict[str, str]:
+def engine_arguments(settings: Settings) -> list[str]:
+    """Arguments of vLLM's commands that make the engine of `serving.engine`, adapters included."""
+    arguments = ["--model", settings.model, "--served-model-name", settings.served_name]
+    arguments += ["--dtype", settings.dtype, "--enforce-eager"]
+    arguments += ["--max-num-seqs", str(settings.max_num_seqs), "--block-size", "32"]
+    arguments += ["--limit-mm-per-prompt", f'{{"image": {settings.max_images}}}']
+    arguments += ["--structured-outputs-config", '{"backend": "outlines"}']
+    return [*arguments, *_lora_arguments(settings)]
+
+
+def equal_environment(settings: Settings, num_threads: int) -> dict[str, str]:
+    """The same threads, cache and quiet for whoever is compared."""
     kv_cache = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib)}
     return {**_EQUAL, **kv_cache, "OMP_NUM_THREADS": str(num_threads)}
 
