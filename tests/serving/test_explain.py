@@ -4,6 +4,10 @@ import asyncio
 import functools
 import io
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -30,6 +34,7 @@ from tests.running import RunningServer
 from tests.serving.test_app import client, engine  # noqa: F401
 from train.reference import Reference
 
+ROOT = Path(__file__).resolve().parents[2]
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
 CASES = list(itertools.product(RATIOS, SELECTORS))
 SIZES = [(336, 336), (112, 112), (640, 480), (480, 641), (90, 900), (31, 30), (70, 200)]
@@ -304,6 +309,31 @@ def test_the_command_draws_what_the_server_kept(demo_server, tmp_path, capsys):
     with Image.open(out) as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
     assert f"{num_kept(64, 0.4)} of 64 kept by cls" in capsys.readouterr().out
+
+
+def test_the_readmes_command_works_as_pasted(demo_server, tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "serving explain" in block]
+    command = block.replace("http://127.0.0.1:8000", demo_server.url)
+    command = command.replace("/tmp/", f"{tmp_path}/").replace(".venv/bin/python", sys.executable)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "overlay.png") as sheet:
+        assert sheet.width == 20 + 4 * 300
+
+
+@pytest.mark.long
+def test_the_command_works_with_an_engine_of_its_own(tmp_path):
+    """In a process of its own, as vLLM reads its environment once."""
+    noise(9, (200, 120)).save(tmp_path / "post.png")
+    out = tmp_path / "overlay.jpg"
+    asked = ["explain", tmp_path / "post.png", "--retention", "0.4", "--out", out]
+    command = [sys.executable, "-m", "serving", *asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{num_kept(64, 0.4)} of 64 kept by cls" in done.stdout
+    with Image.open(out) as picture:
+        assert picture.size == (720, 432)
 
 
 def test_a_folder_gives_a_sheet_and_a_broken_image_is_named(demo_server, tmp_path, capsys):
