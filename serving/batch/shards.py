@@ -247,27 +247,42 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, keeps_errors: bool = True) -> None:
+        self.path = path
         self.outcomes: dict[int, Outcome] = {}
         with writing(path):
-            self._file = path.open("a+b")
-            self._file.seek(0)
-            whole = 0
-            for line in self._file:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
+            self._file = path.open("a+b", buffering=0)
+            self._size = 0
+            for line in self._lines():
                 outcome = Outcome.from_line(line.decode(errors="surrogatepass"))
                 self.outcomes[outcome.index] = outcome
-            self._file.truncate(whole)
+            self._file.truncate(self._size)
         if not keeps_errors:
             self.outcomes = {i: o for i, o in self.outcomes.items() if o.error is None}
-        self.path = path
+
+    def _lines(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._size += len(line)
+                yield line
 
     def add(self, outcome: Outcome) -> None:
-        """Notes a finished post; a killed process has it, a lost machine may not."""
+        """Notes a finished post; a killed process has it, a lost machine may not.
+
+        Raises:
+            ConfigError: the disk is full; the journal is as it was.
+        """
+        line = outcome.to_line().encode(errors="surrogatepass")
         with writing(self.path):
-            self._file.write(outcome.to_line().encode(errors="surrogatepass"))
-            self._file.flush()
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+        self._size += len(line)
         self.outcomes[outcome.index] = outcome
 
     def close(self) -> None:

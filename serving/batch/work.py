@@ -34,7 +34,7 @@ Answers = Callable[[Post, Prepared], Awaitable[tuple[tuple[Answer, ...], bool]]]
 """A prepared post's answers, and whether an equal post had them; raises `Failure`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class OpenShard:
     """A shard being worked on."""
 
@@ -89,6 +89,7 @@ class Work:
         self.shard_size, self.retries_failed = shard_size, retries_failed
         self._wanted = shards
         self._commits = folder.commits(shards)
+        self._opened: set[OpenShard] = set()
         self._on_done: Callable[[Outcome], None] = lambda outcome: None
 
     @property
@@ -140,6 +141,9 @@ class Work:
                     tasks.create_task(done).add_done_callback(lambda _: ahead.release())
         except* Exception as group:
             raise _first(group) from None
+        finally:
+            for shard in self._opened:
+                shard.journal.close()
 
     def _chunks(self, entries: Iterable[Entry], first_shard: int) -> Iterator[Chunk]:
         """Posts that are not done yet; runs in a thread, ahead of the rest."""
@@ -185,7 +189,9 @@ class Work:
         if commit is not None and not (self.retries_failed and commit["failed"]):
             return None
         journal = Journal(self.folder.journal(index), keeps_errors=not self.retries_failed)
-        return OpenShard(index=index, journal=journal, ids=IdsDigest())
+        shard = OpenShard(index=index, journal=journal, ids=IdsDigest())
+        self._opened.add(shard)
+        return shard
 
     def _changed(self, index: int) -> ConfigError:
         first = index * self.shard_size + 1
@@ -268,6 +274,7 @@ class Work:
             },
         )
         shard.journal.close()
+        self._opened.discard(shard)
         if not failed:  # failed posts may be tried again, beside what the journal has of the others
             shard.journal.path.unlink()
 
