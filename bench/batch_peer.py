@@ -143,14 +143,16 @@ def _timed(
     """
     started = time.perf_counter()
     first = last = 0.0
-    with log.open("wb") as file:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
             [sys.executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,
-        )
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             while piece := os.read(process.stdout.fileno(), 65536):
@@ -162,7 +164,6 @@ def _timed(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
     whole_s = time.perf_counter() - started
     if status:
         raise BenchError(f"status {status}: {' '.join(arguments[:4])}; see {log}")
