@@ -32,6 +32,7 @@ async function connect() {
     return;
   }
   $("server").classList.remove("failed");
+  $("request").hidden = false;
   const base = served.data.find((card) => !card.parent), count = served.data.length - 1;
   $("server").textContent =
     `${base.id}, ${count} adapter${count === 1 ? "" : "s"}, ${served.patches} patches an image`;

@@ -177,7 +177,7 @@ export class Panel {
     const [rows, columns] = explanation.grid;
     const said = `${explanation.kept.length} of ${rows * columns} patches kept by ${answer.retention.selector}`;
     const cut = leavesOut(explanation, image.bitmap) ? "; outside the frame the checkpoint sees nothing" : "";
-    this.part("caption").textContent = `${said}, in a ${columns} × ${rows} grid${cut}`;
+    this.part("caption").textContent = `${said}, grid ${columns} × ${rows}${cut}`;
     this.part("canvas").setAttribute("aria-label", `The image with ${said}`);
   }
 

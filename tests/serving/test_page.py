@@ -435,3 +435,27 @@ def test_text_alone_is_labelled_and_an_empty_page_asks_nothing(open_page):
 def test_the_policy_allows_what_the_page_does_and_no_more():
     assert "'unsafe-inline'" not in HEADERS["Content-Security-Policy"]
     assert "script-src 'self';" in HEADERS["Content-Security-Policy"]
+
+
+@pytest.mark.browser
+def test_a_server_that_refuses_at_first_is_quoted_and_asked_again_with_a_key(open_page):
+    """Only the refusal is made up: this server knows no keys."""
+    message = "a key is needed: send it as Authorization: Bearer KEY"
+
+    def guarded(route):
+        if "authorization" in route.request.headers:
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"error": {"message": message, "code": "no_key"}})
+
+    page = open_page()
+    page.route("**/v1/**", guarded)
+    page.reload()
+    page.wait_for_selector("#server.failed")
+    assert page.locator("#server").text_content() == message
+    assert page.locator(".panel").count() == 0
+    page.get_by_label("API key").fill("anything")
+    page.get_by_label("API key").press("Enter")
+    page.wait_for_selector(".panel")
+    page.locator("#examples button").first.click()
+    wait_for_answer(page)
