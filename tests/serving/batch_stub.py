@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import os
 import random
@@ -21,6 +22,8 @@ from contextlib import asynccontextmanager, contextmanager, redirect_stderr, red
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from serving.__main__ import main
 from serving.batch import job, prepare
@@ -70,6 +73,14 @@ class PreparerHere:
         pass
 
 
+class Unfitted(prepare.Fitting):
+    """Images stay as they are: an engine without a model looks at none."""
+
+    @classmethod
+    def of(cls, model: str) -> prepare.Fitting:
+        return prepare.Fitting(model=None)
+
+
 class CountedEngine(FakeEngine):
     """Notes each call in a file, which a kill does not take back."""
 
@@ -94,22 +105,33 @@ def stubbed(calls: Path, delay_s: float = 0.0) -> Iterator[None]:
 
     @asynccontextmanager
     async def labeling(plan: Plan):
-        yield Labeler(CountedEngine(calls, delay_s), plan.catalogue, tokenizer())
+        engine = CountedEngine(calls, delay_s)
+        with engine.file:
+            yield Labeler(engine, plan.catalogue, tokenizer())
 
-    before = Plan.labeling, job.Preparer
-    Plan.labeling, job.Preparer = labeling, PreparerHere  # type: ignore[misc,method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "labeling", labeling)
+        patch.setattr(job, "Preparer", PreparerHere)
+        patch.setattr(job, "Fitting", Unfitted)
         yield
-    finally:
-        Plan.labeling, job.Preparer = before  # type: ignore[misc,method-assign]
 
 
-def run_here(data: Path, out: Path, calls: Path, flags: Sequence[str] = (), **how: float) -> int:
-    """`python -m serving batch` in this process; its exit status."""
+def run_here(
+    data: Path,
+    out: Path,
+    calls: Path,
+    flags: Sequence[str] = (),
+    said: list[str] | None = None,
+    **how: float,
+) -> int:
+    """`python -m serving batch` in this process; its exit status, and in `said` what it printed."""
     argv = ["batch", "--data", str(data), "--out", str(out), "--model", "sentiment", *flags]
-    log = (calls.parent / "log").open("a")
-    with stubbed(calls, **how), log, redirect_stdout(log), redirect_stderr(log):
-        return main(argv)
+    log = io.StringIO()
+    with stubbed(calls, **how), redirect_stdout(log), redirect_stderr(log):
+        status = main(argv)
+    if said is not None:
+        said.append(log.getvalue())
+    return status
 
 
 def kill_at_change(folder: Path, number: int) -> None:
