@@ -25,8 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import fits
 from bench.batch_limit import ARMS, BATCH, ENGINE, measure, write_posts
 from bench.batch_peer import OURS, STRUCTURE, THEIRS, Race, race_ours, race_theirs, write_inputs
+from bench.flops import Shape
 from bench.outcome import BenchError, Outcome, positive, progress
 from bench.statistics import Sample, by_variant, interleaved, median, paired_ratio
 from serving.batch.options import BatchOptions
@@ -45,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="posts with an image each (default photos of noise, made on the spot)")
     add("--size", type=positive, nargs=2, default=(640, 480), help="of those photos (640 480)")
     add("--model", default=str(DEMO / "base"), help="checkpoint folder (default the demo)")
+    add("--clip-l", action="store_true", help="a random base with CLIP-L/336's tower instead")
     add("--adapters", type=Path, help="adapters folder (default the demo's with the demo)")
-    add("--ask", default="sentiment", help="model or adapter that answers (default sentiment)")
+    add("--ask", help="model or adapter that answers (default the demo's sentiment, or the base)")
     add("--retention", type=float, default=0.4, help="of `limit`, and beside 1.0 (default 0.4)")
     add("--rounds", type=positive, default=6, help="of `limit` (default 6)")
     add("--warmup", type=positive, default=1, help="of `limit`, before them (default 1)")
@@ -64,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Runs the parts one after the other."""
-    names = ("model", "adapters", "dtype", "max_num_seqs", "kv_cache_gib")
-    settings = Settings(**{name: getattr(options, name) for name in names})
     steps = {"limit": _limit, "peer": _peer}
     with tempfile.TemporaryDirectory(prefix="sieve-batch-") as name:
+        settings = _settings(Path(name), options)
+        options.ask = options.ask or ("sentiment" if settings.is_demo else settings.served_name)
         try:
             outcomes = [steps[part](Path(name), settings, options) for part in options.parts]
         except SieveError as error:
@@ -81,6 +84,18 @@ def run(options: argparse.Namespace) -> Outcome:
         results=dict(zip(options.parts, (o.results for o in outcomes), strict=True)),
         samples=[sample for outcome in outcomes for sample in outcome.samples],
     )
+
+
+def _settings(folder: Path, options: argparse.Namespace) -> Settings:
+    names = ("adapters", "dtype", "max_num_seqs", "kv_cache_gib")
+    chosen = {name: getattr(options, name) for name in names}
+    if not options.clip_l:
+        return Settings(model=options.model, **chosen)
+    progress("writing a checkpoint with CLIP-L/336's tower ...")
+    posts = fits.write_posts(folder / "words", 32, options.seed)
+    shape = Shape(layers=2, width=512, mlp=1376, heads=8)
+    fits.write_checkpoint(folder / "base", shape, posts, options.seed)
+    return Settings(model=str(folder / "base"), **chosen)
 
 
 def _limit(folder: Path, settings: Settings, options: argparse.Namespace) -> Outcome:

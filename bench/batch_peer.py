@@ -67,7 +67,11 @@ def _template(model: str) -> tuple[str, str | None]:
 
 
 def chat(model: str, text: str, image: str) -> dict[str, Any]:
-    """The structure's prompt as a chat whose answer is one of its labels."""
+    """The structure's prompt as a chat whose answer is one of its labels.
+
+    The labels begin with a space, as LLaVA's answers do: without it the usual ids of a label are
+    not allowed, vLLM spells it in more and odder ones, and often another label.
+    """
     (labels,) = STRUCTURE.fields.values()
     content = [
         {"type": "image_url", "image_url": {"url": image}},
@@ -78,7 +82,7 @@ def chat(model: str, text: str, image: str) -> dict[str, Any]:
         "messages": [{"role": "user", "content": content}],
         "max_tokens": 16,
         "temperature": 0.0,
-        "structured_outputs": {"choice": list(labels)},
+        "structured_outputs": {"choice": [f" {label}" for label in labels]},
     }
 
 
@@ -126,8 +130,8 @@ def race_theirs(folder: Path, name: str, settings: Settings, threads: int) -> Ra
     answers = [json.loads(line) for line in out.open()]
     bodies = {answer["custom_id"]: answer["response"]["body"] for answer in answers}
     try:
-        labels = {i: body["choices"][0]["message"]["content"] for i, body in bodies.items()}
-    except (KeyError, TypeError) as error:
+        labels = {i: body["choices"][0]["message"]["content"].strip() for i, body in bodies.items()}
+    except (AttributeError, KeyError, TypeError) as error:
         raise BenchError(f"run_batch failed on a post: {str(answers[0])[:500]}") from error
     num_decoded = sum(body["usage"]["completion_tokens"] for body in bodies.values())
     return Race(whole_s=whole_s, label_s=label_s, labels=labels, num_decoded=num_decoded)

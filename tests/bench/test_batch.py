@@ -50,7 +50,7 @@ def test_their_request_is_a_chat_whose_answer_is_one_of_our_labels(posts, tmp_pa
     assert body.pop("add_special_tokens") in (True, False)
     ChatRequest.model_validate({**body, "label_structure": None})
     (labels,) = batch_peer.STRUCTURE.fields.values()
-    assert body["structured_outputs"] == {"choice": list(labels)}
+    assert body["structured_outputs"] == {"choice": [f" {label}" for label in labels]}
     assert body["model"] == "sentiment"
 
 
