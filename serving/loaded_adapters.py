@@ -137,6 +137,8 @@ class LoadedAdapters:
 
     async def resident(self) -> frozenset[str]:
         """Keys of the adapters in memory; those that vLLM evicted are forgotten."""
+        if self._room is None:  # asking an engine without room is an error in its worker
+            return frozenset()
         before = dict(self._numbers)
         numbers = await self._slots.resident()
         for key, number in before.items():

@@ -312,6 +312,14 @@ async def test_room_is_asked_before_the_engine_is(tmp_path, versions):
         await LoadedAdapters(Slots(), None, print).prepare(sharp)
 
 
+async def test_an_engine_without_room_for_adapters_is_not_asked_which_it_holds():
+    class WithoutLora(Slots):
+        async def resident(self):
+            raise RuntimeError("LoRA is not enabled")
+
+    assert await LoadedAdapters(WithoutLora(), None, print).resident() == frozenset()
+
+
 async def test_many_requests_for_a_cold_adapter_load_it_once(versions):
     slots = Slots()
     holder = LoadedAdapters(slots, ROOM, lambda seconds: None)
