@@ -34,7 +34,7 @@ from serving.errors import ConfigError, EngineDeadError, SieveError
 try:
     import ray
     from ray.data import ActorPoolStrategy, DataContext, Dataset
-    from ray.exceptions import RayError
+    from ray.exceptions import RayActorError, RayError
 except ModuleNotFoundError as error:
     raise ConfigError("--ray needs Ray: pip install 'llava-sieve[ray]'", param="ray") from error
 
@@ -73,7 +73,8 @@ async def run_on_ray(plan: Plan, folder: RunFolder, num_posts: int) -> tuple[int
         start_s = ray_s + min(starts_s)
         # Ray ends an actor's resource tracker before the actor, which says so at length.
         with contextlib.redirect_stderr(io.StringIO()):
-            await asyncio.to_thread(folder.wait_for_helpers)
+            with contextlib.suppress(ConfigError):  # what does not end now, Ray ends
+                await asyncio.to_thread(folder.wait_for_helpers)
             ray.shutdown()
     folder.recover()
     return progress.num_done, wall_s - start_s, start_s
@@ -163,7 +164,7 @@ async def _results(dataset: Dataset) -> AsyncIterator[dict[str, Any]]:
     while (item := await found.get()) is not None:
         if isinstance(item, RayError):
             raise EngineDeadError(
-                f"Ray gave up ({type(item).__name__}): {_first_line(item)}; what is labelled "
+                f"Ray gave up ({type(item).__name__}): {_reason(item)}; what is labelled "
                 "stays, run the same command again to go on"
             ) from item
         if isinstance(item, BaseException):
@@ -171,8 +172,10 @@ async def _results(dataset: Dataset) -> AsyncIterator[dict[str, Any]]:
         yield item
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _reason(error: RayError) -> str:
+    """A lost actor's first line, an exception's last one: between them are tracebacks."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0 if isinstance(error, RayActorError) else -1]
 
 
 def _check(done: dict[str, Any]) -> None:
