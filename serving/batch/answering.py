@@ -22,7 +22,7 @@ from serving.posts import Post
 from serving.scoring import confidence_of
 
 REMEMBERED = 20_000
-"""Answers kept for equal posts that may follow; some 20 MB."""
+"""Answers kept for equal posts that may follow; some 40 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +88,14 @@ class Answerer:
             EngineDeadError: the engine is gone.
         """
         key = (prepared.key, post.text, json.dumps(dict(post.asks), sort_keys=True))
-        known = self._recent.get(key)
-        if known is not None:
+        while (known := self._recent.get(key)) is not None:
+            self._recent.move_to_end(key)
             try:
                 return await asyncio.shield(known), True
-            except (SieveError, Failure, asyncio.CancelledError):
-                if not known.done():
-                    raise  # this task is being cancelled
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not known.done() or (task is not None and task.cancelling()):
+                    raise  # not only the equal post's question came to nothing
         answer = asyncio.get_running_loop().create_future()
         self._recent[key] = answer
         while len(self._recent) > REMEMBERED:
@@ -102,7 +103,8 @@ class Answerer:
         try:
             answer.set_result(await self._ask(labeler, post, prepared))
         except BaseException:
-            self._recent.pop(key, None)
+            if self._recent.get(key) is answer:
+                del self._recent[key]
             answer.cancel()
             raise
         return answer.result(), False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serving.errors import SieveError
@@ -108,7 +108,8 @@ class Outcome:
 
     def to_line(self) -> str:
         """A line of the journal."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        values = {**vars(self), "answers": [vars(answer) for answer in self.answers]}
+        return json.dumps(values, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> Outcome:

@@ -69,6 +69,12 @@ class Fitting:
                 return cls(model=None)
         return cls(model=model)
 
+    def load(self) -> Any:
+        """The checkpoint's image processor; None where images stay as they are."""
+        from transformers import AutoImageProcessor
+
+        return None if self.model is None else AutoImageProcessor.from_pretrained(self.model)
+
 
 def _pixels(processor: Any, image: Image.Image) -> np.ndarray:
     return np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
@@ -144,14 +150,16 @@ class Preparer:
         self._start = (limits, fitting)
         self.num_workers = num_workers
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, "transformers"])
+        self._context.set_forkserver_preload([__name__, *(_HEAVY if fitting.model else ())])
         self._pool = self._new_pool(num_workers)
         self._alone = asyncio.Lock()
 
     def _new_pool(self, num_workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
+        pool = ProcessPoolExecutor(
             num_workers, self._context, initializer=_begin, initargs=self._start
         )
+        pool.submit(_work, [])  # workers start now, beside the engine, not with the first posts
+        return pool
 
     async def prepare(self, posts: Sequence[Post]) -> list[Prepared | Failure]:
         """Prepares posts, in order; those without images at once."""
@@ -191,6 +199,9 @@ class Preparer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+_HEAVY = ("torch", "torchvision", "transformers.models.auto.image_processing_auto")
+"""Imported once, by the process that workers are forked from: else seconds for each of them."""
+
 _limits = ImageLimits()
 _processor: Any = None
 
@@ -198,14 +209,12 @@ _processor: Any = None
 def _begin(limits: ImageLimits, fitting: Fitting) -> None:
     """Starts a worker: one thread, and an end with the process it works for."""
     global _limits, _processor
-    import torch
-
-    torch.set_num_threads(1)
     _limits = limits
-    if fitting.model is not None:
-        from transformers import AutoImageProcessor
+    _processor = fitting.load()
+    if _processor is not None:
+        import torch
 
-        _processor = AutoImageProcessor.from_pretrained(fitting.model)
+        torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

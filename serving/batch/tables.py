@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Table:
         return row
 
     def _answer(self, answer: Answer) -> dict[str, Any]:
-        values = asdict(answer)
+        values = dict(vars(answer))
         values["adapter"] = values.pop("model")
         values["versions"] = dict(self.versions) | (
             {"adapter": values.pop("version")} if answer.version else {}
@@ -57,6 +58,7 @@ class Table:
         values.pop("version", None)
         return values
 
+    @cached_property
     def columns(self) -> dict[str, str]:
         """Names of the columns, and their kind: `text`, `number`, `count` or `flag`."""
         columns = {"id": "text"}
@@ -103,9 +105,9 @@ class Table:
                 f"{prefix}patches": answer.patches,
             }
         values["abstained"] = self.abstains(outcome.answers)
-        return [values[name] for name in self.columns()]
+        return [values[name] for name in self.columns]
 
-    @property
+    @cached_property
     def _version_text(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.versions.items())
 
@@ -113,7 +115,7 @@ class Table:
         """Commas, a header in every file."""
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(self.columns())
+            rows.writerow(self.columns)
             rows.writerows(self.as_cells(outcome) for outcome in outcomes)
 
     def write_parquet(self, outcomes: Iterable[Outcome], path: Path) -> None:
@@ -127,7 +129,7 @@ class Table:
             "count": pa.int32(),
             "flag": pa.bool_(),
         }
-        schema = pa.schema([(name, kinds[kind]) for name, kind in self.columns().items()])
+        schema = pa.schema([(name, kinds[kind]) for name, kind in self.columns.items()])
         rows = [self.as_cells(outcome) for outcome in outcomes]
         columns = list(zip(*rows, strict=True)) or [()] * len(schema)
         arrays = [
