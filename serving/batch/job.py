@@ -228,6 +228,7 @@ async def _run_here(
     fitting = Fitting.of(settings.model)
     preparer = Preparer(image_limits(settings), fitting, num_workers=options.num_workers)
     answerer = Answerer(plan.asked)
+    preparer.start()
     try:
         async with LiveLabeler.running(plan.labeling) as live:
             start_s = time.monotonic() - began

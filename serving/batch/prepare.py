@@ -155,11 +155,13 @@ class Preparer:
         self._alone = asyncio.Lock()
 
     def _new_pool(self, num_workers: int) -> ProcessPoolExecutor:
-        pool = ProcessPoolExecutor(
+        return ProcessPoolExecutor(
             num_workers, self._context, initializer=_begin, initargs=self._start
         )
-        pool.submit(_work, [])  # workers start now, beside the engine, not with the first posts
-        return pool
+
+    def start(self) -> None:
+        """Starts the workers, which takes seconds, before there are posts."""
+        self._pool.submit(_work, [])
 
     async def prepare(self, posts: Sequence[Post]) -> list[Prepared | Failure]:
         """Prepares posts, in order; those without images at once."""

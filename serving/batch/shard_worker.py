@@ -159,6 +159,7 @@ class ShardWorker:
         limits, workers = image_limits(self._settings), self._options.num_workers
         preparer = Preparer(limits, fitting, num_workers=workers)
         self._stack.callback(preparer.close)
+        preparer.start()
         live = await self._stack.enter_async_context(LiveLabeler.running(plan.labeling))
         return Bench(
             plan=plan,
