@@ -71,9 +71,11 @@ class Fitting:
 
     def load(self) -> Any:
         """The checkpoint's image processor; None where images stay as they are."""
+        if self.model is None:
+            return None
         from transformers import AutoImageProcessor
 
-        return None if self.model is None else AutoImageProcessor.from_pretrained(self.model)
+        return AutoImageProcessor.from_pretrained(self.model)
 
 
 def _pixels(processor: Any, image: Image.Image) -> np.ndarray:
