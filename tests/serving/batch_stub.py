@@ -66,6 +66,9 @@ class PreparerHere:
     def __init__(self, *_: Any, num_workers: int) -> None:
         self.num_workers = num_workers
 
+    def start(self) -> None:
+        pass
+
     async def prepare(self, posts):
         return await asyncio.to_thread(prepare._work, posts)
 
