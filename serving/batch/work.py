@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,7 @@ class Work:
         self._wanted = shards
         self._commits = folder.commits(shards)
         self._opened: set[OpenShard] = set()
+        self._threads = ThreadPoolExecutor(2)  # one reads, one publishes
         self._on_done: Callable[[Outcome], None] = lambda outcome: None
 
     @property
@@ -112,7 +114,7 @@ class Work:
         on_done: Callable[[Outcome], None],
         first_shard: int = 0,
     ) -> None:
-        """Labels what is not labelled yet.
+        """Labels what is not labelled yet; once.
 
         Args:
             entries: posts of the source, in its order.
@@ -130,15 +132,17 @@ class Work:
         gate = asyncio.Semaphore(concurrency)
         ahead = asyncio.Semaphore(2 * concurrency // CHUNK + preparer.num_workers + 2)
         chunks = self._chunks(entries, first_shard)
+        in_thread = asyncio.get_running_loop().run_in_executor
         try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    await ahead.acquire()
-                    chunk = await asyncio.to_thread(next, chunks, None)
-                    if chunk is None:
-                        break
-                    done = self._do_chunk(chunk, preparer, answer, gate)
-                    tasks.create_task(done).add_done_callback(lambda _: ahead.release())
+            with self._threads:  # a run that ends early leaves no thread at work in the folder
+                async with asyncio.TaskGroup() as tasks:
+                    while True:
+                        await ahead.acquire()
+                        chunk = await in_thread(self._threads, next, chunks, None)
+                        if chunk is None:
+                            break
+                        done = self._do_chunk(chunk, preparer, answer, gate)
+                        tasks.create_task(done).add_done_callback(lambda _: ahead.release())
         except* Exception as group:
             raise _first(group) from None
         finally:
@@ -221,7 +225,8 @@ class Work:
             for item in ready:
                 tasks.create_task(do(*item))
         if chunk.shard.take_if_done():
-            await asyncio.to_thread(self._publish, chunk.shard)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, self._publish, chunk.shard)
 
     async def _outcome(
         self, index: int, entry: Entry, prepared: Prepared | Failure | None, answer: Answers
