@@ -12,12 +12,13 @@ from typing import Any
 
 from PIL import Image
 
+from patches.selection import num_kept
 from serving.batch.outcomes import Answer, Failure
 from serving.batch.prepare import Prepared
-from serving.cascade import Cascade, climb
+from serving.cascade import Cascade, Climbed, climb
 from serving.catalogue import Choices
 from serving.errors import BadRequestError, EngineDeadError, SieveError
-from serving.labeler import Labeler, LabelResult
+from serving.labeler import Labeler
 from serving.posts import Post
 from serving.scoring import confidence_of
 
@@ -144,16 +145,16 @@ async def _answer(
 ) -> Answer:
     request_id = f"batch-{uuid.uuid4().hex}"
     climbed = await climb(labeler, text, list(images), choices, cascade, request_id)
-    return read_answer(
-        labeler, climbed.result, num_asked=1 if climbed.steps is None else len(climbed.steps)
-    )
+    return read_answer(labeler, climbed)
 
 
-def read_answer(labeler: Labeler, result: LabelResult, num_asked: int = 1) -> Answer:
+def read_answer(labeler: Labeler, climbed: Climbed) -> Answer:
     """What a batch keeps of a labelled post."""
-    settings = result.settings
+    result, settings = climbed.result, climbed.result.settings
     num_patches = labeler.engine.info.num_patches
     kept = settings.retention.num_kept(num_patches) * result.num_images
+    ratios = [ratio for ratio, _ in climbed.steps or ()]
+    seen = sum(num_kept(num_patches, ratio) for ratio in ratios) * result.num_images
     shares: dict[str, Any] = {
         field: {label: round(share, 6) for label, share in labels.items()}
         for field, labels in result.scores.probabilities.items()
@@ -167,6 +168,7 @@ def read_answer(labeler: Labeler, result: LabelResult, num_asked: int = 1) -> An
         ratio=settings.retention.ratio,
         selector=settings.retention.selector,
         kept=kept,
+        visual_tokens=seen if ratios else kept,
         patches=num_patches * result.num_images,
-        num_asked=num_asked,
+        num_asked=climbed.num_asked,
     )

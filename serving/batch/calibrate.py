@@ -294,7 +294,7 @@ class _Arms:
                 cascade,
                 f"calibrate-{next(self._numbers)}",
             )
-        return read_answer(self._labeler, climbed.result, num_asked=climbed.num_asked)
+        return read_answer(self._labeler, climbed)
 
     async def pairs(self, items: Sequence[Item]) -> tuple[dict[int, Pair], int]:
         """Both answers of every post that can be labelled, and how many cannot."""

@@ -53,7 +53,7 @@ class Counts:
         count["abstained",] += abstains
         for answer in outcome.answers:
             count["answers",] += 1
-            count["kept",] += answer.kept
+            count["visual_tokens",] += answer.visual_tokens
             count["patches",] += answer.patches
             count["asked", answer.model, str(answer.num_asked)] += 1
             bin_ = min(BINS - 1, int(answer.confidence * BINS))
@@ -110,6 +110,6 @@ class Counts:
                 model: {field: vars(quality) for field, quality in fields.items()}
                 for model, fields in self.quality().items()
             },
-            "kept": self["kept"],
+            "visual_tokens": self["visual_tokens"],
             "patches": self["patches"],
         }

@@ -68,6 +68,7 @@ class Answer:
         ratio: retention ratio of this answer; in a cascade the last one that was asked.
         selector: which patches were kept.
         kept: visual tokens kept, of all images.
+        visual_tokens: those of every ratio that was asked; as many as `kept` without a cascade.
         patches: visual tokens before selection.
         num_asked: ratios of the cascade that were asked; 1 without one.
     """
@@ -80,6 +81,7 @@ class Answer:
     ratio: float
     selector: str
     kept: int
+    visual_tokens: int
     patches: int
     num_asked: int = 1
 

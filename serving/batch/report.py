@@ -71,9 +71,9 @@ class BatchSummary:
             lines.append(f"failed at {stage} with {code}: {number}")
         lines += self._model_lines()
         if counts["patches"]:
-            saved = counts["patches"] - counts["kept"]
+            saved = counts["patches"] - counts["visual_tokens"]
             lines.append(
-                f"visual tokens: {counts['kept']:,} kept, {saved:,} saved "
+                f"visual tokens: {counts['visual_tokens']:,} read, {saved:,} saved "
                 f"({100 * saved / counts['patches']:.1f} %)"
             )
         if counts["repeats"]:
@@ -155,7 +155,7 @@ class Progress:
         self.add_posts(
             1,
             failed=outcome.error is not None,
-            kept=sum(answer.kept for answer in outcome.answers),
+            kept=sum(answer.visual_tokens for answer in outcome.answers),
             patches=sum(answer.patches for answer in outcome.answers),
         )
 

@@ -186,5 +186,5 @@ class ShardWorker:
 def _count(counts: Counter[str], outcome: Outcome) -> None:
     counts["posts"] += 1
     counts["failed"] += outcome.error is not None
-    counts["kept"] += sum(answer.kept for answer in outcome.answers)
+    counts["kept"] += sum(answer.visual_tokens for answer in outcome.answers)
     counts["patches"] += sum(answer.patches for answer in outcome.answers)

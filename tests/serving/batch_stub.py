@@ -55,6 +55,7 @@ def constant_answer(good: bool = True, **values: Any) -> Answer:
         "ratio": 0.4,
         "selector": "cls",
         "kept": 0,
+        "visual_tokens": 0,
         "patches": 0,
     }
     return Answer(**{**defaults, **values})

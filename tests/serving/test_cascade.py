@@ -94,6 +94,7 @@ def answer(label, confidence):
         ratio=1.0,
         selector="cls",
         kept=1,
+        visual_tokens=1,
         patches=1,
     )
 
