@@ -32,7 +32,6 @@ from serving.registry import Registry
 from serving.server import (
     catalogue_of,
     check_model,
-    describe_adapters,
     open_registry,
     running_labeler,
 )
@@ -162,7 +161,6 @@ async def run_batch(options: BatchOptions, settings: Settings) -> int:
         is_left = needs_work(work, num_posts)
         if goes_on:
             _report(f"going on: {work.num_done} of {num_posts} posts have their rows")
-        _report(describe_adapters(plan.registry))
         num_now, wall_s, start_s = 0, 0.0, 0.0
         if is_left and options.engines:
             from serving.batch.scale import run_on_ray
