@@ -4,8 +4,7 @@ Ingress (HTTP, the app of `serving.app`) -> Engine (one vLLM engine a replica); 
 keeps the adapter registry and everybody's metrics.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: Serve makes `app`'s settings by its annotation.
 from typing import Any
 
 from ray import serve

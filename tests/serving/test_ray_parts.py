@@ -180,13 +180,12 @@ def test_the_shipped_serve_config_has_settings_of_the_application():
 
 
 def test_the_application_builds_with_the_deployments_that_the_config_names():
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
     from ray.serve._private.build_app import build_app as resolve
-    from ray.serve.schema import LoggingConfig
 
     from serving.ray_app import NAME, app
 
-    del LoggingConfig
-    built = resolve(app(RayAppSettings(replicas="1-3")), name=NAME)
+    built = resolve(call(app, {"replicas": "1-3"}), name=NAME)  # as `serve run` and YAML do
     deployments = {item.name: item for item in built.deployments}
     assert deployments.keys() == {"Ingress", "Engine", "Coordinator"}
     assert built.ingress_deployment_name == "Ingress"
