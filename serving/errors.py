@@ -28,6 +28,13 @@ class SieveError(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer: when to try again, or how to say who one is."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": str(self.retry_after_s)} if self.status in (429, 503) else {}
+
 
 class BadRequestError(SieveError):
     """A value that is not allowed (400)."""
@@ -41,11 +48,43 @@ class UnknownModelError(SieveError):
     code = "model_not_found"
 
 
+class UnauthorizedError(SieveError):
+    """No key, or none that the server knows (401)."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(SieveError):
+    """The key is known, but not for this (403)."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_needed"
+
+
+class KeyLimitError(SieveError):
+    """The key has used up what it may (429 with Retry-After)."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "key_rate"
+
+
 class TooLargeError(SieveError):
     """More bytes than the server reads (413)."""
 
     status = 413
     code = "request_too_large"
+
+
+class SlowRequestError(SieveError):
+    """A body that does not come in the time it has (408)."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
 
 
 class OverloadedError(SieveError):
