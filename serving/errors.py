@@ -87,6 +87,13 @@ class SlowRequestError(SieveError):
     code = "request_timeout"
 
 
+class UnfetchableImageError(SieveError):
+    """An image behind an allowed URL that its host does not give (422)."""
+
+    status = 422
+    code = "image_unfetchable"
+
+
 class OverloadedError(SieveError):
     """Too much queued; may be tried again (503 with Retry-After)."""
 

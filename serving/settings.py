@@ -16,6 +16,8 @@ from pydantic_settings import (
 
 from patches.config import Retention, SieveConfig
 from patches.selection import SELECTORS
+from serving.errors import ConfigError
+from serving.image_hosts import read_rules
 
 DEMO = Path(__file__).parent / "demo"
 ENV_PREFIX = "SIEVE_"
@@ -73,6 +75,15 @@ class Settings(BaseSettings):
     max_images: int = Field(4, gt=0, le=64, description="most images in one request")
     max_image_bytes: int = Field(10_000_000, gt=0, description="most bytes of one encoded image")
     max_image_pixels: int = Field(16_000_000, gt=0, description="most pixels of one image")
+    image_hosts: str = Field(
+        "",
+        description="hosts that images may be fetched from by http(s), with commas: "
+        "img.example.org, *.example.org, example.org:8443; none unless named",
+    )
+    image_fetch_timeout: float = Field(
+        5.0, gt=0, description="seconds to fetch all remote images of a request"
+    )
+    image_fetches: int = Field(8, gt=0, description="most remote images fetched at once")
     max_text_chars: int = Field(20_000, gt=0, description="most characters of a post's text")
     kv_cache_gib: int = Field(
         1, gt=0, description="KV cache in whole GiB, on CPU (a GPU uses --gpu-memory)"
@@ -86,6 +97,21 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         120.0, gt=0, description="a request not answered by then is cancelled (503)"
     )
+    client_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="seconds a client has to send a whole request, and to read on once it stops "
+        "reading an answer; then its connection is closed",
+    )
+    keys: Path | None = Field(
+        None,
+        description="YAML file with API keys, see `python -m serving key --help`; without one "
+        "whoever reaches the server may do all that it does",
+    )
+    open_metrics: bool = Field(
+        False, description="with --keys, /metrics needs no key; else it needs an admin's"
+    )
+    docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json")
     max_pending: int = Field(
         512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
     )
@@ -95,6 +121,15 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="json has an object a line, with the request's id"
     )
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _readable_hosts(cls, value: str) -> str:
+        try:
+            read_rules(value)
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        return value
 
     @field_validator("selector")
     @classmethod
