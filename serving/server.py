@@ -24,6 +24,7 @@ from serving.adapter_states import State
 from serving.adapters import InstalledAdapter, check_adapter, lora_room, read_base
 from serving.app import build_app
 from serving.catalogue import Catalogue, Choices
+from serving.connections import connection_class
 from serving.errors import ConfigError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
 from serving.labeler import Labeler
@@ -207,14 +208,7 @@ async def serve(settings: Settings) -> None:
     configure_logs(settings)
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     async with running_app(settings, report) as (app, _):
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=30,
-            lifespan="off",
-        )
+        config = http_config(app, settings, timeout_graceful_shutdown=30)
         server = QuietServer(config)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -226,6 +220,20 @@ async def serve(settings: Settings) -> None:
             report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
         await task
         report("stopping")
+
+
+def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config:
+    """How the server in one process speaks HTTP: no websockets, slow clients lose their place."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        lifespan="off",
+        http=connection_class(settings.client_timeout_s),
+        ws="none",
+        **more,
+    )
 
 
 class QuietServer(uvicorn.Server):
