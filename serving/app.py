@@ -16,25 +16,30 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from serving.adapter_states import AdapterStatus
 from serving.answers import choices_card, label_response, model_cards, status_card
+from serving.audit import audited
+from serving.bodies import StrictRoute
 from serving.cascade import Cascade, climb
 from serving.catalogue import Choices
 from serving.chat import build_call
 from serving.error_handlers import add_error_handlers
 from serving.errors import BadRequestError
 from serving.following import Bulletin
+from serving.image_hosts import read_rules
 from serving.images import ImageDecoder, ImageLimits
+from serving.key_gate import OPEN_PATHS, KeyGate, check_model, may_see, visible
+from serving.keyring import Keyring
 from serving.labeler import Labeler
 from serving.metrics import Metrics
 from serving.middleware import BodyLimit, RequestIds
-from serving.page import add_page
+from serving.page import add_page, page_paths
 from serving.protocol import ChatCall
+from serving.remote_images import RemoteImages
 from serving.schema import (
     AdapterRequest,
     ChatRequest,
     LabelRequest,
     LabelResponse,
     check_chat,
-    read_images,
 )
 from serving.settings import Settings
 from serving.waiting import Deadline, Turnstile, stream_until, until_answered
@@ -65,6 +70,7 @@ def build_app(
     adapters: Adapters,
     scrape: Scrape | None = None,
     is_behind_proxy: bool = False,
+    remote: RemoteImages | None = None,
 ) -> FastAPI:
     """The server's HTTP surface over a labeler and its engine.
 
@@ -76,21 +82,39 @@ def build_app(
         adapters: changes them.
         scrape: renders all metrics; by default this side's.
         is_behind_proxy: whether Ray Serve's proxy gives answers their request id.
+        remote: fetches images of URLs; by default from the hosts that the settings allow.
     """
-    app = FastAPI(title="LLaVA Sieve", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="LLaVA Sieve",
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     limits = image_limits(settings)
+    app.router.route_class = StrictRoute
     text_bytes = 4 * settings.max_text_chars
     app.add_middleware(
         BodyLimit,
         max_bytes=limits.max_images * (limits.max_bytes * 4 // 3 + 1024) + text_bytes + 65_536,
+        timeout_s=settings.client_timeout_s,
     )
+    _add_key_gate(app, settings, metrics)
     app.add_middleware(RequestIds, are_answered=is_behind_proxy)
     add_error_handlers(app, metrics)
-    _add_answers(app, labeler, settings, metrics)
+    _add_answers(app, labeler, settings, metrics, remote or remote_images(settings))
     _add_adapters(app, bulletin, adapters, labeler.engine.info.num_patches)
     _add_health(app, labeler, metrics, scrape)
     add_page(app)
     return app
+
+
+def _add_key_gate(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    if settings.keys is None:
+        return
+    open_paths = {*OPEN_PATHS, *page_paths(), *(["/metrics"] if settings.open_metrics else [])}
+    keyring = Keyring(settings.keys)
+    app.add_middleware(KeyGate, keyring=keyring, metrics=metrics, open_paths=open_paths)
 
 
 def image_limits(settings: Settings) -> ImageLimits:
@@ -102,7 +126,23 @@ def image_limits(settings: Settings) -> ImageLimits:
     )
 
 
-def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Metrics) -> None:
+def remote_images(settings: Settings) -> RemoteImages:
+    """What fetches images of URLs; nothing where the settings allow no host."""
+    return RemoteImages(
+        read_rules(settings.image_hosts),
+        timeout_s=settings.image_fetch_timeout,
+        max_bytes=settings.max_image_bytes,
+        max_fetches=settings.image_fetches,
+    )
+
+
+def _add_answers(
+    app: FastAPI,
+    labeler: Labeler,
+    settings: Settings,
+    metrics: Metrics,
+    remote: RemoteImages,
+) -> None:
     limits, max_chars = image_limits(settings), settings.max_text_chars
     decoder = ImageDecoder(limits)
     info = labeler.engine.info
@@ -118,10 +158,11 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
         """Labels one post with probabilities."""
         with turnstile.passage(), metrics.latency.labels("label").time():
             deadline = deadline_of(body)
+            check_model(labeler.catalogue, body.model, body.label_structure)
             _check_text(len(body.text), max_chars, "text")
             cascade = Cascade.asked(body.cascade, body.confidence, body.retention_ratio)
             started = time.perf_counter()
-            images = await decoder.decode(read_images(body.images, limits, "image"))
+            images = await decoder.decode(await remote.read(body.images, limits, "image"))
             image_ms = 1e3 * (time.perf_counter() - started)
             choices = Choices(
                 model=body.model,
@@ -143,9 +184,10 @@ def _add_answers(app: FastAPI, labeler: Labeler, settings: Settings, metrics: Me
         """OpenAI's chat, with our fields for retention and label structure."""
         with turnstile.passage(), metrics.latency.labels("chat").time():
             deadline = deadline_of(body)
+            check_model(labeler.catalogue, body.model, body.label_structure)
             check_chat(body, info.vocab_size, info.max_model_len)
             _check_text(body.text_chars, max_chars, "messages")
-            raws = read_images(body.image_urls(), limits, "messages")
+            raws = await remote.read(body.image_urls(), limits, "messages")
             call = build_call(body, await decoder.decode(raws, "messages"), labeler)
             answer = await until_answered(request, deadline, labeler.engine.chat(call))
         metrics.chatted(body.model, *_visual_tokens(call, info.num_patches, len(raws)))
@@ -177,22 +219,27 @@ def _add_adapters(app: FastAPI, bulletin: Bulletin, adapters: Adapters, num_patc
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The base model and its adapters, with what their manifests say and every state."""
+        catalogue = visible(bulletin.catalogue)
+        cards = model_cards(catalogue, bulletin.statuses)
         return {
             "object": "list",
-            "data": model_cards(bulletin.catalogue, bulletin.statuses),
-            "adapters": [status_card(status) for status in bulletin.statuses],
-            **choices_card(bulletin.catalogue, num_patches),
+            "data": [card for card in cards if may_see(card["id"])],
+            "adapters": [status_card(one) for one in bulletin.statuses if may_see(one.name)],
+            **choices_card(catalogue, num_patches),
         }
 
     @app.post("/v1/adapters")
     async def add(body: AdapterRequest) -> dict[str, Any]:
         """Serves an adapter that lies in the adapters folder, or another version of it."""
-        return status_card(await adapters.add(body.name, body.version, pin=body.pinned))
+        asked = {"adapter": body.name[:80], "version": body.version}
+        with audited("adapter_added", "adapter_refused", **asked):
+            return status_card(await adapters.add(body.name, body.version, pin=body.pinned))
 
     @app.delete("/v1/adapters/{name}")
     async def remove(name: str) -> dict[str, Any]:
         """Stops serving an adapter; its files stay."""
-        return status_card(await adapters.remove(name))
+        with audited("adapter_removed", "adapter_not_removed", adapter=name[:80]):
+            return status_card(await adapters.remove(name))
 
 
 def _add_health(app: FastAPI, labeler: Labeler, metrics: Metrics, scrape: Scrape | None) -> None:

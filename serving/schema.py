@@ -13,16 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serving.errors import BadRequestError
-from serving.images import ImageLimits, read_data_url
 
 MAX_CHOICES = 128
 MAX_SCHEMA_CHARS = 8_000
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are errors."""
+    """A body whose unknown fields are errors, and in which `true` or "1" is no number."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class RetentionFields(Strict):
@@ -252,19 +251,6 @@ def _texts(message: Message) -> list[str]:
     if isinstance(message.content, str):
         return [message.content]
     return [part.text for part in message.content if isinstance(part, TextPart)]
-
-
-def read_images(urls: list[str], limits: ImageLimits, param: str) -> list[bytes]:
-    """Encoded images of a request's data URLs; the count is checked before any is read.
-
-    Raises:
-        BadRequestError: too many, or one is not an admitted data URL.
-    """
-    if len(urls) > limits.max_images:
-        raise BadRequestError(
-            f"{len(urls)} images, allowed are {limits.max_images} a request", param=param
-        )
-    return [read_data_url(url, limits, param) for url in urls]
 
 
 def check_chat(request: ChatRequest, vocab_size: int, max_model_len: int) -> None:
