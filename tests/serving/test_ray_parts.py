@@ -12,12 +12,13 @@ from prometheus_client.parser import text_string_to_metric_families
 pytest.importorskip("ray")
 from patches.config import Retention
 from serving.cluster.board import Board
-from serving.cluster.engine import Suspects, fingerprint, opened
+from serving.cluster.engine import opened
 from serving.cluster.replica import Work
 from serving.cluster.settings import RayAppSettings
 from serving.errors import BadRequestError, EngineDeadError
 from serving.protocol import Generation
 from serving.settings import DEMO
+from serving.suspects import Suspects, fingerprint
 from tests.pictures import noise
 from tests.serving.fake_engine import FakeEngine
 
