@@ -127,6 +127,28 @@ class EngineDeadError(SieveError):
     code = "engine_dead"
 
 
+class EngineRestartingError(EngineDeadError):
+    """The engine was lost and is started again (503); `Retry-After` says when it should be up."""
+
+    code = "engine_restarting"
+
+
+class EngineLostError(SieveError):
+    """The engine does not stay up however often it is started: the server ends."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_lost"
+
+
+class DrainingError(SieveError):
+    """The server is stopping (503): it answers what it accepted and accepts nothing new."""
+
+    status = 503
+    type = "server_error"
+    code = "draining"
+
+
 class ConfigError(SieveError):
     """A setting, structure or manifest of the operator that cannot be used."""
 

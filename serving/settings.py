@@ -75,6 +75,19 @@ class Settings(BaseSettings):
     max_images: int = Field(4, gt=0, le=64, description="most images in one request")
     max_image_bytes: int = Field(10_000_000, gt=0, description="most bytes of one encoded image")
     max_image_pixels: int = Field(16_000_000, gt=0, description="most pixels of one image")
+    image_workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that decode images; by default a core less than the machine has, at "
+        "least 1. 0 decodes in a thread of the server, without a deadline: not for images of "
+        "strangers",
+    )
+    image_timeout: float = Field(
+        5.0,
+        gt=0,
+        description="seconds to decode one image, then its worker is killed (400), and to wait for "
+        "a worker (503)",
+    )
     image_hosts: str = Field(
         "",
         description="hosts that images may be fetched from by http(s), with commas: "
@@ -82,6 +95,12 @@ class Settings(BaseSettings):
     )
     image_fetch_timeout: float = Field(
         5.0, gt=0, description="seconds to fetch all remote images of a request"
+    )
+    grammar_cpu_s: float = Field(
+        2.0,
+        gt=0,
+        description="seconds of processor time that a client's JSON schema or choices may take to "
+        "compile; more is a 400",
     )
     image_fetches: int = Field(8, gt=0, description="most remote images fetched at once")
     max_text_chars: int = Field(20_000, gt=0, description="most characters of a post's text")
@@ -112,6 +131,24 @@ class Settings(BaseSettings):
         False, description="with --keys, /metrics needs no key; else it needs an admin's"
     )
     docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json")
+    hang_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="an engine that answers no ping for so long hangs: it is killed and started "
+        "again; must be longer than the longest step",
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        description="restarts of an engine in a row, each within a minute of the last; then the "
+        "server ends with status 4",
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        description="after SIGTERM, accepted requests have so long to be answered; new ones get a "
+        "503",
+    )
     max_pending: int = Field(
         512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
     )
@@ -173,6 +210,13 @@ class Settings(BaseSettings):
     def served_name(self) -> str:
         """The base model's name in the API."""
         return self.model_name or ("demo" if self.is_demo else Path(self.model).name)
+
+    @property
+    def num_image_workers(self) -> int:
+        """Processes that decode images."""
+        if self.image_workers is not None:
+            return self.image_workers
+        return max(1, len(os.sched_getaffinity(0)) - 1)
 
     @property
     def sieve(self) -> SieveConfig:
