@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import multiprocessing
 import os
-import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from serving.facts import engine_info
 from serving.geometry import explained
 from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
+from serving.process_family import ProcessFamily
 from serving.protocol import (
     Adapter,
     ChatCall,
@@ -38,7 +39,7 @@ from serving.protocol import (
     LoraRoom,
 )
 from serving.settings import Settings
-from serving.streams import held_stream, without_leading_space
+from serving.streams import ENGINE_STOPPED, failing_stream, held_stream, without_leading_space
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -72,6 +73,9 @@ class VllmEngine:
         self.adapters = adapters
         self._in_flight = 0
         self._processes = list(llm.engine_core.resources.engine_manager.processes)
+        self._family = ProcessFamily(self._processes)
+        self._is_hung = False
+        self._was_killed: bool | None = None
 
     @classmethod
     async def start(
@@ -81,6 +85,7 @@ class VllmEngine:
         *,
         room: LoraRoom | None = None,
         metrics: EngineMetrics | None = None,
+        is_again: bool = False,
     ) -> VllmEngine:
         """Loads the checkpoint and its adapters; takes half a minute on a small CPU machine.
 
@@ -89,6 +94,7 @@ class VllmEngine:
             adapters: loaded before the first request.
             room: what later adapters may need; by default what these need.
             metrics: told how long adapters take to load.
+            is_again: this process serves meanwhile, so its event loop must go on.
 
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
@@ -102,12 +108,13 @@ class VllmEngine:
 
         try:
             room = room or lora_room(settings, adapters)
-            llm = AsyncLLM.from_engine_args(engine_args(settings, room))
+            args = engine_args(settings, room)
+            llm = await _started_beside(args) if is_again else AsyncLLM.from_engine_args(args)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
             models = _served_models(llm, settings)
-            chat = _chat_server(llm, models)
+            chat = await asyncio.to_thread(_chat_server, llm, models)
             on_load = metrics.adapter_loaded if metrics else lambda seconds: None
             loaded = LoadedAdapters(_VllmSlots(llm), room, on_load)
             for adapter in adapters[: room.max_cpu_loras if room else 0]:
@@ -194,6 +201,7 @@ class VllmEngine:
                 self._models.lora_requests[call.adapter.key] = self._lora_request(call.adapter)
             request = ChatCompletionRequest(
                 **body,
+                cache_salt=call.cache_salt,
                 request_id=call.request_id,
                 mm_processor_kwargs=call.retention.processor_kwargs(),
                 add_special_tokens=self._adds_bos,
@@ -202,6 +210,7 @@ class VllmEngine:
             if isinstance(answer, ErrorResponse):
                 raise _from_response(answer.error)
             if request.stream:  # the adapter stays in use until the last event
+                answer = failing_stream(answer)
                 events = answer if call.pattern is None else without_leading_space(answer)
                 return held_stream(events, held.pop_all())
         completion: dict[str, Any] = answer.model_dump(mode="json")
@@ -220,16 +229,20 @@ class VllmEngine:
                     yield
         except EngineDeadError as error:
             error.num_together = self._in_flight
-            error.is_crash = not await asyncio.to_thread(self._was_killed)
+            error.is_crash = not await asyncio.to_thread(self._was_ended_from_outside)
+            if self._is_hung:  # somebody may have stopped it: being alone in it proves little
+                error.num_together = max(2, self._in_flight)
             raise
         finally:
             self._in_flight -= 1
 
-    def _was_killed(self) -> bool:
+    def _was_ended_from_outside(self) -> bool:
         """Whether a signal from outside ended the engine core: no request is to blame for that."""
-        for process in self._processes:
-            process.join(timeout=2.0)
-        return any(p.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for p in self._processes)
+        if self._was_killed is None:
+            was_killed = self._family.was_ended_from_outside(wait_s=2.0)
+            if self._was_killed is None:
+                self._was_killed = was_killed
+        return self._was_killed
 
     def _lora_request(self, adapter: Adapter | None) -> Any:
         if adapter is None:
@@ -253,6 +266,29 @@ class VllmEngine:
         with translated_errors():
             await self._llm.check_health()
 
+    async def ping(self) -> None:
+        """Returns once the core and its worker answered, between two steps.
+
+        Raises:
+            EngineDeadError: they are gone.
+        """
+        with translated_errors():
+            await self._llm.collective_rpc("check_health")
+
+    async def kill(self, *, is_hung: bool = False) -> None:
+        """Ends its processes with SIGKILL; whoever waits for it gets an `EngineDeadError`."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        self._is_hung = is_hung
+        if is_hung:
+            self._was_killed = False  # not from outside: a request may be the cause
+        await asyncio.to_thread(self._was_ended_from_outside)
+        await asyncio.to_thread(self._family.kill)
+        # VLLM tells requests that their engine is dead; its calls to the worker wait for ever.
+        for answer in list(self._llm.engine_core.utility_results.values()):
+            if not answer.done():
+                answer.set_exception(VllmDeadError())
+
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
@@ -260,6 +296,30 @@ class VllmEngine:
         self._llm = self._chat = self._models = None
         del self.adapters  # it holds the engine as well
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
+
+
+async def _started_beside(args: Any) -> Any:
+    """An `AsyncLLM`, started while the event loop goes on.
+
+    Its processes are spawned: forked ones would inherit the sockets that are being served.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    others = set(multiprocessing.active_children())
+    loop = asyncio.get_running_loop()
+    starting = loop.run_in_executor(None, AsyncLLM.from_engine_args, args)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        while not starting.done():  # the start fails as soon as its core is gone
+            for process in set(multiprocessing.active_children()) - others:
+                if process.name.startswith("EngineCore"):
+                    process.kill()
+            await asyncio.wait({starting}, timeout=0.2)
+        if starting.exception() is None:
+            starting.result().shutdown()
+        raise
 
 
 def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
@@ -376,6 +436,8 @@ def _chat_server(llm: Any, models: Any) -> Any:
 
 def _prompt(request: Generation) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": request.prompt_ids}
+    if request.cache_salt is not None:
+        prompt["cache_salt"] = request.cache_salt
     if request.images:
         prompt["multi_modal_data"] = {"image": request.images}
         prompt["mm_processor_kwargs"] = request.retention.processor_kwargs()
@@ -412,7 +474,7 @@ def translated_errors() -> Iterator[None]:
     except SieveError:
         raise
     except VllmDeadError as error:
-        raise EngineDeadError("the engine stopped; try again shortly") from error
+        raise EngineDeadError(ENGINE_STOPPED) from error
     except GracefulHTTPError as error:
         raise OverloadedError(f"the server is at its limit: {error}; try again shortly") from error
     except (VLLMClientError, ValueError) as error:
@@ -421,5 +483,5 @@ def translated_errors() -> Iterator[None]:
 
 def _from_response(error: Any) -> SieveError:
     if error.code >= 500:
-        return EngineDeadError(error.message)
+        return EngineDeadError(ENGINE_STOPPED)
     return BadRequestError(error.message, param=error.param)

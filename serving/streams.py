@@ -6,12 +6,30 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+from serving.errors import EngineDeadError
+
+ENGINE_STOPPED = "the engine stopped; try again shortly"
+
 
 async def held_stream(events: AsyncIterator[str], held: AsyncExitStack) -> AsyncIterator[str]:
     """A stream that holds on to something until its last event."""
     async with held:
         async for event in events:
             yield event
+
+
+async def failing_stream(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """VLLM's stream, where the event that says that its engine failed is an exception.
+
+    Raises:
+        EngineDeadError: the engine stopped.
+    """
+    async for event in events:
+        if event.startswith('data: {"error"'):
+            code = json.loads(event.removeprefix("data: "))["error"]["code"]
+            if isinstance(code, int) and code >= 500:
+                raise EngineDeadError(ENGINE_STOPPED)
+        yield event
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:
