@@ -24,6 +24,7 @@ from serving.chat import build_call
 from serving.error_handlers import add_error_handlers
 from serving.errors import BadRequestError
 from serving.following import Bulletin
+from serving.grammar_guard import GrammarGuard, GrammarLimits
 from serving.image_hosts import read_rules
 from serving.images import ImageDecoder, ImageLimits
 from serving.key_gate import OPEN_PATHS, KeyGate, check_model, may_see, visible
@@ -145,6 +146,7 @@ def _add_answers(
 ) -> None:
     limits, max_chars = image_limits(settings), settings.max_text_chars
     decoder = ImageDecoder(limits)
+    grammars = GrammarGuard(labeler.tokenizer, GrammarLimits(cpu_s=settings.grammar_cpu_s))
     info = labeler.engine.info
     turnstile = Turnstile(settings.max_pending, metrics.pending)
 
@@ -189,6 +191,7 @@ def _add_answers(
             _check_text(body.text_chars, max_chars, "messages")
             raws = await remote.read(body.image_urls(), limits, "messages")
             call = build_call(body, await decoder.decode(raws, "messages"), labeler)
+            await grammars.check(body, call.pattern)
             answer = await until_answered(request, deadline, labeler.engine.chat(call))
         metrics.chatted(body.model, *_visual_tokens(call, info.num_patches, len(raws)))
         if isinstance(answer, dict):

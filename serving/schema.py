@@ -6,6 +6,7 @@ field is a 400 that names it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from serving.errors import BadRequestError
 
 MAX_CHOICES = 128
+MAX_CHOICE_CHARS = 256
 MAX_SCHEMA_CHARS = 8_000
 
 
@@ -179,6 +181,15 @@ class StructuredOutputs(Strict):
 
     choice: list[str] = Field(min_length=1, max_length=MAX_CHOICES)
 
+    @field_validator("choice")
+    @classmethod
+    def _short_enough(cls, value: list[str]) -> list[str]:
+        if any(len(choice) > MAX_CHOICE_CHARS for choice in value):
+            raise ValueError(f"a choice is 1 to {MAX_CHOICE_CHARS} characters")
+        if sum(map(len, value)) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"all choices together have at most {MAX_SCHEMA_CHARS} characters")
+        return value
+
 
 class JsonSchema(Strict):
     """OpenAI's named JSON schema."""
@@ -294,46 +305,75 @@ def _check_bias(bias: Mapping[str, float], vocab_size: int) -> None:
 
 
 def _check_schema(form: ResponseFormat) -> None:
+    """Cheap bounds on a JSON schema; what passes is tried out by `serving.grammar_guard`."""
     if form.type == "text":
         return
     if form.json_schema is None:
-        raise BadRequestError("response_format has no json_schema", param="response_format")
+        raise _schema_error("response_format has no json_schema", None)
     schema = form.json_schema.schema_
-    if len(str(schema)) > MAX_SCHEMA_CHARS:
-        raise BadRequestError(
-            f"the JSON schema has {len(str(schema))} characters, allowed are {MAX_SCHEMA_CHARS}",
-            param="response_format",
+    _check_nodes(schema)
+    size = len(json.dumps(schema))
+    if size > MAX_SCHEMA_CHARS:
+        raise _schema_error(
+            f"the JSON schema has {size} characters, allowed are {MAX_SCHEMA_CHARS}"
         )
-    _check_schema_keys(schema)
 
 
+_MAX_DEPTH, _MAX_NODES, _MAX_ALTERNATIVES, _MAX_BOUND = 12, 2_000, 64, 256
 _BOUNDS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
+_REFUSED_KEYS = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties")
+_COUNTED_KEYS = {"enum": MAX_CHOICES} | dict.fromkeys(
+    ("properties", "anyOf", "oneOf", "allOf", "prefixItems", "type"), _MAX_ALTERNATIVES
+)
+_HOLD_NAMES = ("properties", "$defs", "definitions")
+_HOLD_DATA = ("enum", "const", "default", "examples")
 
 
-def _check_schema_keys(node: object, depth: int = 0) -> None:
-    """Refuses what can make a small schema compile for minutes."""
-    if depth > 12:
-        raise BadRequestError("the JSON schema is nested over 12 deep", param="response_format")
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("$ref", "pattern", "patternProperties"):
-                raise BadRequestError(
-                    f"{key!r} in a JSON schema is not accepted; write the schema out, use enum",
-                    param="response_format",
-                )
-            if key in _BOUNDS and not (isinstance(value, int) and 0 <= value <= 256):
-                raise BadRequestError(
-                    f"{key}={value!r} in a JSON schema: 0 to 256 is allowed",
-                    param="response_format",
-                )
-            if key == "enum" and isinstance(value, list) and len(value) > MAX_CHOICES:
-                raise BadRequestError(
-                    f"an enum of {len(value)} values, allowed are {MAX_CHOICES}",
-                    param="response_format",
-                )
-            _check_schema_keys(value, depth + 1)
-    elif isinstance(node, list):
-        for value in node:
-            _check_schema_keys(value, depth + 1)
-    elif isinstance(node, float) and not math.isfinite(node):
-        raise BadRequestError("NaN or infinity in the JSON schema", param="response_format")
+def _check_nodes(schema: object) -> None:
+    """Depth, number of values and keywords, without recursion.
+
+    A key is a keyword, but below `properties` it is a name, and below `enum` it is data.
+    """
+    pending, num_nodes = [(schema, 0, "keywords")], 0
+    while pending:
+        node, depth, kind = pending.pop()
+        num_nodes += 1
+        if depth > _MAX_DEPTH or num_nodes > _MAX_NODES:
+            raise _schema_error(
+                f"the JSON schema is over {_MAX_DEPTH} deep or has over {_MAX_NODES} values"
+            )
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if kind == "keywords":
+                    _check_keyword(key, value)
+                pending.append((value, depth + 1, _kind_below(key, kind)))
+        elif isinstance(node, list):
+            pending.extend((value, depth + 1, kind) for value in node)
+        elif isinstance(node, float) and not math.isfinite(node):
+            raise _schema_error("NaN or infinity in the JSON schema", None)
+
+
+def _kind_below(key: str, kind: str) -> str:
+    if kind == "data" or (kind == "keywords" and key in _HOLD_DATA):
+        return "data"
+    return "names" if kind == "keywords" and key in _HOLD_NAMES else "keywords"
+
+
+def _check_keyword(key: str, value: object) -> None:
+    """Refuses what lets a small schema compile for minutes."""
+    if key in _REFUSED_KEYS:
+        raise _schema_error(f"{key!r} in a JSON schema is not accepted; write it out, use enum")
+    if key in _BOUNDS and not _is_bound(value):
+        raise _schema_error(f"{key}={value!r:.40} in a JSON schema: 0 to {_MAX_BOUND} is allowed")
+    allowed = _COUNTED_KEYS.get(key)
+    if allowed is not None and isinstance(value, list | dict) and len(value) > allowed:
+        raise _schema_error(f"{key!r} with {len(value)} values, allowed are {allowed}")
+
+
+def _is_bound(value: object) -> bool:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and 0 <= value <= _MAX_BOUND  # type: ignore[operator]
+
+
+def _schema_error(message: str, code: str | None = "schema_too_complex") -> BadRequestError:
+    return BadRequestError(message, param="response_format", code=code)
