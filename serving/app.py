@@ -21,6 +21,7 @@ from serving.bodies import StrictRoute
 from serving.cascade import Cascade, climb
 from serving.catalogue import Choices
 from serving.chat import build_call
+from serving.draining import Drain, DrainGate
 from serving.error_handlers import add_error_handlers
 from serving.errors import BadRequestError
 from serving.following import Bulletin
@@ -72,6 +73,7 @@ def build_app(
     scrape: Scrape | None = None,
     is_behind_proxy: bool = False,
     remote: RemoteImages | None = None,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """The server's HTTP surface over a labeler and its engine.
 
@@ -84,6 +86,7 @@ def build_app(
         scrape: renders all metrics; by default this side's.
         is_behind_proxy: whether Ray Serve's proxy gives answers their request id.
         remote: fetches images of URLs; by default from the hosts that the settings allow.
+        drain: refuses new requests when the server ends.
     """
     app = FastAPI(
         title="LLaVA Sieve",
@@ -101,6 +104,7 @@ def build_app(
         timeout_s=settings.client_timeout_s,
     )
     _add_key_gate(app, settings, metrics)
+    app.add_middleware(DrainGate, drain=drain or Drain(settings.drain_s))
     app.add_middleware(RequestIds, are_answered=is_behind_proxy)
     add_error_handlers(app, metrics)
     _add_answers(app, labeler, settings, metrics, remote or remote_images(settings))
