@@ -105,6 +105,12 @@ class StubEngine:
     async def check_health(self) -> None:
         """It is always well."""
 
+    async def ping(self) -> None:
+        """It always answers."""
+
+    async def kill(self, *, is_hung: bool = False) -> None:
+        """It has no processes."""
+
     async def close(self) -> None:
         """Nothing runs."""
         self.adapters.close()

@@ -292,6 +292,7 @@ class VllmEngine:
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
+        await asyncio.to_thread(self._family.kill)  # a stopped worker hears nothing else
         self.adapters.close()
         self._llm = self._chat = self._models = None
         del self.adapters  # it holds the engine as well

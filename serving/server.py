@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,22 @@ from serving.adapters import InstalledAdapter, check_adapter, lora_room, read_ba
 from serving.app import build_app
 from serving.catalogue import Catalogue, Choices
 from serving.connections import connection_class
-from serving.errors import ConfigError
+from serving.draining import Drain
+from serving.errors import ConfigError, EngineDeadError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import EngineMetrics, Metrics
+from serving.protocol import Adapter, Engine
 from serving.registry import Registry
 from serving.settings import Settings
 from serving.structures import STRUCTURES, LabelStructure, load_structures
+from serving.watchdog import Follow, Limits, MortalEngine, Start, WatchedEngine
 
 Report = Callable[[str], None]
+_SCRAPE_S = 2.0
+_GOODBYE_S = 5
+"""For connections to close once everything is answered."""
 
 
 def load_tokenizer(model: str) -> Any:
@@ -127,6 +133,8 @@ async def running_labeler(
     catalogue: Catalogue | None = None,
     registry: Registry | None = None,
     metrics: EngineMetrics | None = None,
+    *,
+    is_watched: bool = False,
 ) -> AsyncIterator[Labeler]:
     """A labeler on an engine in this process; the engine ends with the block.
 
@@ -136,9 +144,8 @@ async def running_labeler(
         catalogue: what may be asked for; by default what the settings say.
         registry: adapters come and go as it says; by default they stay as they are.
         metrics: of the engine.
+        is_watched: whether an engine that is lost is started again.
     """
-    from serving.engine import VllmEngine
-
     started = time.perf_counter()
     check_model(settings.model)
     catalogue = catalogue or catalogue_of(settings)
@@ -148,16 +155,65 @@ async def running_labeler(
         catalogue.update(registry.snapshot().served)
         report(describe_adapters(registry))
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
-    adapters = [installed.adapter for installed in catalogue.adapters.values()]
-    engine = await VllmEngine.start(settings, adapters, metrics=metrics)
-    following = registry and asyncio.create_task(
-        follow_with_engine(registry.follow, engine.adapters)
-    )
-    try:
-        labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
-        await warm_up(labeler)
+    tokenizer = load_tokenizer(settings.model)
+    start, follow = _starter(settings, catalogue, tokenizer, metrics), _follower(registry)
+    running = _watched if is_watched else _unwatched
+    async with running(settings, start, follow, metrics) as engine:
         report(f"ready in {time.perf_counter() - started:.0f} s")
-        yield labeler
+        yield Labeler(engine, catalogue, tokenizer)
+
+
+def _starter(
+    settings: Settings, catalogue: Catalogue, tokenizer: Any, metrics: EngineMetrics | None
+) -> Start:
+    """What starts an engine, the first and any later one: each has the room that the first had."""
+    from serving.engine import VllmEngine
+
+    def served() -> list[Adapter]:
+        return [installed.adapter for installed in catalogue.adapters.values()]
+
+    room = lora_room(settings, served())
+
+    async def start(is_again: bool) -> MortalEngine:
+        engine = await VllmEngine.start(
+            settings, served(), room=room, metrics=metrics, is_again=is_again
+        )
+        try:
+            await warm_up(Labeler(engine, catalogue, tokenizer))
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    return start
+
+
+def _follower(registry: Registry | None) -> Follow | None:
+    if registry is None:
+        return None
+    return lambda engine: follow_with_engine(registry.follow, engine.adapters)
+
+
+@asynccontextmanager
+async def _watched(
+    settings: Settings, start: Start, follow: Follow | None, metrics: EngineMetrics | None
+) -> AsyncIterator[Engine]:
+    limits = Limits(hang_timeout_s=settings.hang_timeout_s, max_restarts=settings.max_restarts)
+    engine = await WatchedEngine.started(start, limits, metrics, follow)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@asynccontextmanager
+async def _unwatched(
+    settings: Settings, start: Start, follow: Follow | None, metrics: EngineMetrics | None
+) -> AsyncIterator[Engine]:
+    engine = await start(False)
+    following = asyncio.ensure_future(follow(engine)) if follow else None
+    try:
+        yield engine
     finally:
         if following:
             following.cancel()
@@ -173,7 +229,10 @@ async def warm_up(labeler: Labeler) -> None:
 
 @asynccontextmanager
 async def running_app(
-    settings: Settings, report: Report = print, metrics_registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    report: Report = print,
+    metrics_registry: CollectorRegistry = REGISTRY,
+    drain: Drain | None = None,
 ) -> AsyncIterator[tuple[FastAPI, Labeler]]:
     """The HTTP app before an engine in this process, its adapters following their registry."""
     metrics = Metrics(metrics_registry)
@@ -182,11 +241,15 @@ async def running_app(
     registry = await open_registry(settings, catalogue)
     bulletin = Bulletin(catalogue)
     engine_metrics = EngineMetrics(metrics_registry)
-    async with running_labeler(settings, report, catalogue, registry, engine_metrics) as labeler:
+    async with running_labeler(
+        settings, report, catalogue, registry, engine_metrics, is_watched=True
+    ) as labeler:
         engine = labeler.engine
 
         async def scrape() -> bytes:
-            metrics.tower_images.set(await engine.tower_images())
+            with suppress(EngineDeadError, TimeoutError):  # it is silent: the last count stays
+                async with asyncio.timeout(_SCRAPE_S):
+                    metrics.tower_images.set(await engine.tower_images())
             metrics.set_adapters(registry.statuses())
             return metrics.render()
 
@@ -194,7 +257,13 @@ async def running_app(
         try:
             yield (
                 build_app(
-                    labeler, settings, metrics, bulletin=bulletin, adapters=registry, scrape=scrape
+                    labeler,
+                    settings,
+                    metrics,
+                    bulletin=bulletin,
+                    adapters=registry,
+                    scrape=scrape,
+                    drain=drain,
                 ),
                 labeler,
             )
@@ -203,13 +272,18 @@ async def running_app(
 
 
 async def serve(settings: Settings) -> None:
-    """Runs until SIGINT or SIGTERM."""
+    """Runs until SIGINT or SIGTERM, and then until what was accepted is answered.
+
+    Raises:
+        EngineLostError: the engine does not stay up.
+    """
     logging.basicConfig(level=settings.log_level.upper())
     configure_logs(settings)
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    async with running_app(settings, report) as (app, _):
-        config = http_config(app, settings, timeout_graceful_shutdown=30)
-        server = QuietServer(config)
+    drain = Drain(settings.drain_s)
+    async with running_app(settings, report, drain=drain) as (app, labeler):
+        config = http_config(app, settings, timeout_graceful_shutdown=_GOODBYE_S)
+        server = QuietServer(config, drain)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
@@ -218,8 +292,15 @@ async def serve(settings: Settings) -> None:
             await asyncio.sleep(0.02)
         if server.started:
             report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
+        assert isinstance(labeler.engine, WatchedEngine)
+        watching = labeler.engine.watching
+        await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            server.stop_once()
         await task
         report("stopping")
+        if watching.done():
+            watching.result()
 
 
 def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config:
@@ -237,7 +318,17 @@ def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config
 
 
 class QuietServer(uvicorn.Server):
-    """Uvicorn that leaves signals to us; its own way ends the process before the engine is."""
+    """Uvicorn that leaves signals to us; its own way ends the process before the engine is.
+
+    Args:
+        config: of the server.
+        drain: whose end is this server's.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._ending: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -246,5 +337,17 @@ class QuietServer(uvicorn.Server):
 
     def stop(self) -> None:
         """Answers what was accepted, then ends; at once the second time."""
-        self.force_exit = self.should_exit
+        if self._ending is None:
+            self.stop_once()
+        else:
+            self._drain.cut()
+            self.force_exit = self.should_exit = True
+
+    def stop_once(self) -> None:
+        """Answers what was accepted, then ends, however often it is asked."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await self._drain.run()
         self.should_exit = True

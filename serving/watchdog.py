@@ -27,6 +27,7 @@ from serving.errors import (
     EngineRestartingError,
     SieveError,
 )
+from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
 from serving.protocol import ChatCall, Engine, EngineInfo, Explanation, Generated, Generation
 from serving.pulse import Pulse
@@ -47,6 +48,8 @@ _LAST_WORDS_S = 5.0
 
 class MortalEngine(Engine, Protocol):
     """An engine that can be asked for a sign of life, and ended whatever state it is in."""
+
+    adapters: LoadedAdapters
 
     async def ping(self) -> None:
         """Returns once core and worker answered.
