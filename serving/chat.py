@@ -11,6 +11,7 @@ from PIL import Image
 from serving.catalogue import Choices, Resolved
 from serving.constraint import pattern_of
 from serving.errors import BadRequestError
+from serving.keys import salt_of_caller
 from serving.labeler import Labeler
 from serving.prompts import as_plain_text
 from serving.protocol import ChatCall
@@ -47,6 +48,7 @@ def build_call(request: ChatRequest, images: list[Image.Image], labeler: Labeler
         adapter=settings.adapter,
         pattern=_pattern(request, settings, labeler),
         num_images=len(images),
+        cache_salt=salt_of_caller(),
     )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from serving.catalogue import Catalogue, Choices, Resolved
 from serving.constraint import Constraint, compile_structure, decisive_depth
 from serving.errors import ConfigError
+from serving.keys import salt_of_caller
 from serving.prompts import encode, encode_answer, render_chat, render_prompt
 from serving.protocol import Engine, Explanation, Generated, Generation
 from serving.scoring import Scores, score, walk
@@ -95,6 +96,7 @@ class Labeler:
             pattern=constraint.pattern,
             max_tokens=max(1, constraint.num_steps),
             num_logprobs=constraint.num_logprobs,
+            cache_salt=salt_of_caller(),
         )
         generated = await self.engine.generate(request)
         scores = score(constraint, generated.token_ids, generated.logprobs)
