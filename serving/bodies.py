@@ -18,7 +18,11 @@ from serving.errors import BadRequestError
 
 MAX_DEPTH = 32
 MAX_PARTS = 200_000
-"""Values in a body, counted as its brackets and commas: base64 has none, a text its commas."""
+"""Brackets and commas in a body, counted before it is read: base64 has none, a text has commas."""
+MAX_VALUES = 10_000
+MAX_DIGITS = 400
+MAX_KEYS = 1_000
+"""Of one object. More would be ten thousand complaints of one request."""
 
 
 class StrictRoute(APIRoute):
@@ -81,23 +85,31 @@ def read_json(body: bytes) -> Any:
         ) from error
     num_parts = sum(map(text.count, "[{,"))
     if num_parts > MAX_PARTS:
-        raise BadRequestError(f"the body has {num_parts} values, allowed are {MAX_PARTS}")
+        raise BadRequestError(
+            f"the body has {num_parts} brackets and commas, allowed are {MAX_PARTS}"
+        )
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:  # also a whole number of more digits than Python reads
+    except ValueError as error:
         raise BadRequestError(f"the body is not JSON: {str(error)[:120]}") from error
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(value)
+    if num_parts > MAX_DEPTH:
+        _check_shape(value)
     if "\\ud" in text or "\\uD" in text:
         _check_characters(value)
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise BadRequestError(f"an object has {len(pairs)} keys, allowed are {MAX_KEYS}")
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -117,16 +129,28 @@ def _finite(digits: str) -> float:
     return number
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise BadRequestError(
+            f"the body has a number of {len(digits)} digits; at most {MAX_DIGITS}"
+        )
+    return int(digits)
+
+
 def _too_deep() -> BadRequestError:
     return BadRequestError(f"the body is nested over {MAX_DEPTH} deep")
 
 
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
+def _check_shape(value: Any) -> None:
+    level, depth, num_values = [value], 0, 0
     while level:
-        depth += 1
+        depth, num_values = depth + 1, num_values + len(level)
         if depth > MAX_DEPTH + 1:
             raise _too_deep()
+        if num_values > MAX_VALUES:
+            raise BadRequestError(
+                f"the body has over {MAX_VALUES} values; send less in one request"
+            )
         level = [child for item in level for child in _children(item)]
 
 

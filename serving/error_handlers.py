@@ -60,10 +60,17 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 def _explain(error: RequestValidationError) -> BadRequestError:
     """The first complaint of pydantic as a message with value and field."""
     first = error.errors()[0]
-    field = ".".join(str(part)[:80] for part in first["loc"] if part != "body")[:120]
+    field = ".".join(str(part)[:80] for part in first["loc"] if not _is_pydantics(part))[:120]
     if first["type"] == "extra_forbidden":
         return BadRequestError(f"unknown field {field!r}; remove it", param=field)
     if first["type"] == "missing":
-        return BadRequestError(f"field {field!r} is missing", param=field)
+        return BadRequestError(
+            f"{repr(field) if field else 'the body'} is missing", param=field or None
+        )
     value = _SHORT.repr(first.get("input"))[:80]
     return BadRequestError(f"{field or 'body'}={value}: {first['msg']}", param=field or None)
+
+
+def _is_pydantics(part: object) -> bool:
+    """Whether a step of a field's place is not the client's: the kinds of a field that has two."""
+    return part in ("body", "str") or str(part).startswith(("list[", "constrained-"))
