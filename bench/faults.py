@@ -53,6 +53,7 @@ from bench.outcome import BenchError, Outcome, positive, progress
 from bench.process_tree import is_alive
 from bench.processes import free_port
 from bench.statistics import Sample
+from serving.client_key import bearer_headers
 from serving.cluster.settings import RayAppSettings
 from serving.settings import DEMO
 
@@ -141,7 +142,11 @@ async def _all_drills(
     for index, name in enumerate(ordered * options.rounds):
         limits = httpx.Limits(max_connections=options.in_flight + 10)
         async with httpx.AsyncClient(
-            base_url=home.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
+            base_url=home.url,
+            headers=bearer_headers(),
+            timeout=TIMEOUT_S,
+            limits=limits,
+            trust_env=False,
         ) as client:
             load = Load(
                 client,

@@ -158,10 +158,8 @@ def _parse(text: str, path: Path) -> tuple[Key, ...]:
     try:
         keys = _KEYS.validate_python(found)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        index, *field = first["loc"]
-        said = _PATTERNS.get(str(field[0]) if field else "", first["msg"])
-        raise _unusable(path, f"entry {int(index) + 1}{_dotted(field)}: {said}") from None
+        (index, *field), said = reason_of(error)
+        raise _unusable(path, f"entry {int(index) + 1}{_named(field)}: {said}") from None
     _check_unique(keys, path)
     return tuple(keys)
 
@@ -173,9 +171,17 @@ _PATTERNS = {
 }
 
 
-def _dotted(field: Sequence[object]) -> str:
+def reason_of(error: ValidationError) -> tuple[list[str], str]:
+    """Where pydantic's first complaint is and what it is, without the value: it may be a key."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    said = [_PATTERNS[part] for part in where if part in _PATTERNS]
+    return where, (said or [first["msg"]])[0]
+
+
+def _named(field: Sequence[str]) -> str:
     """Where in an entry; an unknown field's name may be anything and is cut."""
-    return "".join(f", {str(part)[:20]!r}" for part in field[:1])
+    return "".join(f", {part[:20]!r}" for part in field[:1])
 
 
 def _check_unique(keys: Sequence[Key], path: Path) -> None:
@@ -219,6 +225,19 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
-    return host == "localhost" or re.fullmatch(r"127(\.\d+){3}|::1", host) is not None
+def describe_access(keys: Path | None, host: str) -> str | None:
+    """A line for the operator: which keys there are, or that none is asked for where it matters.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if keys is not None:
+        known = read_keys(keys)
+        num_admin = sum(key.admin for key in known)
+        return f"keys: {len(known)}, of which {num_admin} may change adapters"
+    if host == "localhost" or re.fullmatch(r"127(\.\d+){3}|::1", host):
+        return None
+    return (
+        f"WARNING: --host {host} without --keys: whoever reaches this machine may use the server "
+        "and change its adapters; see `python -m serving key --help`"
+    )

@@ -28,6 +28,7 @@ from serving.connections import connection_class
 from serving.draining import Drain
 from serving.errors import ConfigError, EngineDeadError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
+from serving.keys import describe_access
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import EngineMetrics, Metrics
@@ -280,6 +281,8 @@ async def serve(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper())
     configure_logs(settings)
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if access := describe_access(settings.keys, settings.host):
+        report(access)
     drain = Drain(settings.drain_s)
     async with running_app(settings, report, drain=drain) as (app, labeler):
         config = http_config(app, settings, timeout_graceful_shutdown=_GOODBYE_S)
@@ -310,6 +313,7 @@ def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
+        access_log=False,  # ours has no query, in which a key may stand by mistake
         lifespan="off",
         http=connection_class(settings.client_timeout_s),
         ws="none",

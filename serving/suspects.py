@@ -78,8 +78,9 @@ class Suspects:
 
 
 def fingerprint(request: Generation | ChatCall) -> str:
-    """Equal for requests that ask the same of an engine."""
-    return hashlib.sha256(pickle.dumps(replace(request, request_id=""))).hexdigest()
+    """Equal for requests that ask the same of an engine, whosever key they came with."""
+    asked = replace(request, request_id="", cache_salt=None)
+    return hashlib.sha256(pickle.dumps(asked)).hexdigest()
 
 
 def _quarantined() -> BadRequestError:

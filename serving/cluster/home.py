@@ -15,8 +15,10 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from serving.client_key import VARIABLE as CLIENTS_KEY
 from serving.cluster.settings import RayAppSettings
 from serving.errors import ConfigError
+from serving.keys import describe_access
 from serving.ray_app import NAME, app
 from serving.server import Report, check_model
 
@@ -29,6 +31,10 @@ async def serve_on_ray(settings: RayAppSettings) -> None:
     """
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     check_model(settings.model)
+    # A cluster's own nodes may have the file where this machine has none.
+    keys = settings.keys if settings.ray_address is None else None
+    if settings.keys == keys and (access := describe_access(keys, settings.host)):
+        report(access)
     stop = asyncio.Event()
     with _on_ray(settings, report):
         for number in (signal.SIGINT, signal.SIGTERM):  # after `ray.init`, which sets its own
@@ -96,4 +102,8 @@ def _on_ray(settings: RayAppSettings, report: Report) -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """What engines on other nodes need of this process's environment."""
     prefixes = ("SIEVE_", "VLLM_", "OMP_", "HF_")
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(prefixes) and name != CLIENTS_KEY
+    }
