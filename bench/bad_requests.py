@@ -140,7 +140,7 @@ def _parameters() -> Iterator[BadRequest]:
     for name in _FORBIDDEN:
         yield _label(f"forbids-{name}", {name: 1}, name, name)
         yield _chat(f"forbids-{name}", {name: 1}, name, name)
-    ratios = (0, -1, 1.01, "half", "0.4", 10**400, True, [0.4], {})
+    ratios: tuple[object, ...] = (0, -1, 1.01, "half", "0.4", 10**400, True, [0.4], {})
     for value in ratios:
         yield _label(f"ratio-{str(value)[:8]}", {"retention_ratio": value}, "retention_ratio")
         yield _chat(f"ratio-{str(value)[:8]}", {"retention_ratio": value}, "retention_ratio")
@@ -169,13 +169,14 @@ def _parameters() -> Iterator[BadRequest]:
 
 
 def _chats() -> Iterator[BadRequest]:
-    for name, messages in {
+    turns: Mapping[str, object] = {
         "empty": [], "null": None, "object": {}, "text": "hello", "strings": ["hello"],
         "no-role": [{"content": "x"}], "no-content": [{"role": "user"}],
         "role-tool": [{"role": "tool", "content": "x"}],
         "content-null": [{"role": "assistant", "content": None}],
         "thousand": [{"role": "user", "content": "x"}] * 1000,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, messages in turns.items():
         yield _chat(f"messages-{name}", {"messages": messages}, "messages")
     yield _chat("part-audio", _turns({"type": "input_audio", "input_audio": {}}), "messages")
     yield _chat("part-video", _turns({"type": "video_url", "video_url": {"url": "x"}}), "messages")

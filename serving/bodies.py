@@ -148,9 +148,7 @@ def _check_shape(value: Any) -> None:
         if depth > MAX_DEPTH + 1:
             raise _too_deep()
         if num_values > MAX_VALUES:
-            raise BadRequestError(
-                f"the body has over {MAX_VALUES} values; send less in one request"
-            )
+            raise BadRequestError(f"the body has over {MAX_VALUES} values; send less at once")
         level = [child for item in level for child in _children(item)]
 
 

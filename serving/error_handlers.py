@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -60,17 +61,18 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 def _explain(error: RequestValidationError) -> BadRequestError:
     """The first complaint of pydantic as a message with value and field."""
     first = error.errors()[0]
-    field = ".".join(str(part)[:80] for part in first["loc"] if not _is_pydantics(part))[:120]
+    field = _field(first["loc"])
     if first["type"] == "extra_forbidden":
         return BadRequestError(f"unknown field {field!r}; remove it", param=field)
     if first["type"] == "missing":
-        return BadRequestError(
-            f"{repr(field) if field else 'the body'} is missing", param=field or None
-        )
+        what = repr(field) if field else "the body"
+        return BadRequestError(f"{what} is missing", param=field or None)
     value = _SHORT.repr(first.get("input"))[:80]
     return BadRequestError(f"{field or 'body'}={value}: {first['msg']}", param=field or None)
 
 
-def _is_pydantics(part: object) -> bool:
-    """Whether a step of a field's place is not the client's: the kinds of a field that has two."""
-    return part in ("body", "str") or str(part).startswith(("list[", "constrained-"))
+def _field(place: Sequence[int | str]) -> str:
+    """A field as its client spells it, without pydantic's names for the kinds of a union."""
+    steps = [str(step)[:80] for step in place[1:]]  # the first is always "body"
+    kinds = ("str", "list[", "constrained-")
+    return ".".join([*steps[:1], *(s for s in steps[1:] if not s.startswith(kinds))])[:120]
