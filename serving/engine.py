@@ -54,6 +54,8 @@ def prepare_environment(settings: Settings) -> None:
         "VLLM_LOGGING_LEVEL": {"warning": "ERROR"}.get(
             settings.log_level, settings.log_level.upper()
         ),
+        # Clients' grammars were tried out within a limit on processor time; this is wall time.
+        "VLLM_REGEX_COMPILATION_TIMEOUT_S": "60",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
