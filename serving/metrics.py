@@ -75,6 +75,9 @@ class Metrics:
         self.pending = Gauge(
             "sieve_pending_requests", "Requests taken and not yet answered", registry=registry
         )
+        self.pending_bytes = Gauge(
+            "sieve_pending_bytes", "Bytes of bodies not yet answered", registry=registry
+        )
         self.adapters = Gauge(
             "sieve_adapters", "Adapter versions by state", ["state"], registry=registry
         )
@@ -177,6 +180,12 @@ class ClusterMetrics:
         self.decisions = Counter(
             "sieve_autoscaling_decisions",
             "Changes of the number of replicas, done or held back, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "sieve_engine_restarts",
+            "Engines that were lost and started again, by reason",
             ["reason"],
             registry=registry,
         )

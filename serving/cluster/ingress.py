@@ -16,6 +16,7 @@ from serving.adapter_states import AdapterStatus, Report, Snapshot
 from serving.app import build_app
 from serving.cluster.engine import RayEngine
 from serving.cluster.settings import RayAppSettings
+from serving.draining import Drain
 from serving.errors import OverloadedError, SieveError
 from serving.facts import engine_info
 from serving.following import Bulletin, follow_with_bulletin
@@ -45,6 +46,7 @@ class Ingress:
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry)
         self._name = serve.get_replica_context().replica_id.unique_id
+        self._drain = Drain(settings.drain_s)
         catalogue = catalogue_of(settings)
         bulletin = Bulletin(catalogue)
         bulletin.update(await self._follow(Report(member=f"start-{self._name}", kind="start")))
@@ -58,8 +60,10 @@ class Ingress:
             adapters=RemoteRegistry(coordinator),
             scrape=self._scrape,
             is_behind_proxy=True,
+            drain=self._drain,
         )
         self._tasks = [
+            asyncio.create_task(self._drain_when_told()),
             asyncio.create_task(follow_with_bulletin(self._follow, bulletin)),
             asyncio.create_task(self._push()),
         ]
@@ -76,6 +80,18 @@ class Ingress:
         await self._coordinator.push.remote("Ingress", self._name, self._metrics.render())
         text: bytes = await self._coordinator.scrape.remote()
         return text
+
+    async def _drain_when_told(self) -> None:
+        """Lets nobody in once the application ends, and tells when all inside are answered."""
+        is_told = False
+        while not is_told:
+            try:
+                is_told = await self._coordinator.draining.remote(self._name)
+            except Exception as error:  # the coordinator restarts
+                logger.debug("coordinator out of reach: %r", error)
+                await asyncio.sleep(_PUSH_S)
+        await self._drain.run()
+        await self._coordinator.drained.remote(self._name)
 
     async def _push(self) -> None:
         while True:
