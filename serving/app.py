@@ -9,32 +9,34 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from patches.config import Retention
 from serving.adapter_states import AdapterStatus
+from serving.admission import Admission, BodyRoom
 from serving.answers import choices_card, label_response, model_cards, status_card
 from serving.audit import audited
 from serving.bodies import StrictRoute
-from serving.cascade import Cascade, climb
+from serving.cascade import Cascade, Climbed, climb
 from serving.catalogue import Choices
-from serving.chat import build_call
+from serving.chat import build_call, plan_chat
 from serving.draining import Drain, DrainGate
 from serving.error_handlers import add_error_handlers
 from serving.errors import BadRequestError
 from serving.following import Bulletin
 from serving.grammar_guard import GrammarGuard, GrammarLimits
 from serving.image_hosts import read_rules
-from serving.images import ImageDecoder, ImageLimits
-from serving.key_gate import OPEN_PATHS, KeyGate, check_model, may_see, visible
+from serving.images import Decoder, ImageDecoder, ImageLimits
+from serving.key_gate import OPEN_PATHS, KeyGate, PlainPaths, check_model, may_see, visible
 from serving.keyring import Keyring
 from serving.labeler import Labeler
 from serving.metrics import Metrics
 from serving.middleware import BodyLimit, RequestIds
 from serving.page import add_page, page_paths
-from serving.protocol import ChatCall
 from serving.remote_images import RemoteImages
 from serving.schema import (
     AdapterRequest,
@@ -74,6 +76,7 @@ def build_app(
     is_behind_proxy: bool = False,
     remote: RemoteImages | None = None,
     drain: Drain | None = None,
+    decoder: Decoder | None = None,
 ) -> FastAPI:
     """The server's HTTP surface over a labeler and its engine.
 
@@ -87,6 +90,7 @@ def build_app(
         is_behind_proxy: whether Ray Serve's proxy gives answers their request id.
         remote: fetches images of URLs; by default from the hosts that the settings allow.
         drain: refuses new requests when the server ends.
+        decoder: of images; by default threads of this process, for tests and trusted clients.
     """
     app = FastAPI(
         title="LLaVA Sieve",
@@ -103,11 +107,23 @@ def build_app(
         max_bytes=limits.max_images * (limits.max_bytes * 4 // 3 + 1024) + text_bytes + 65_536,
         timeout_s=settings.client_timeout_s,
     )
+    turnstile = Turnstile(
+        settings.max_pending,
+        metrics.pending,
+        at_once=settings.max_num_seqs,
+        patience_s=settings.request_timeout_s / 2,
+    )
+    room = BodyRoom(settings.max_pending_bytes, metrics.pending_bytes)
+    app.add_middleware(Admission, turnstile=turnstile, room=room, metrics=metrics)
+    app.add_middleware(PlainPaths, metrics=metrics)
     _add_key_gate(app, settings, metrics)
     app.add_middleware(DrainGate, drain=drain or Drain(settings.drain_s))
     app.add_middleware(RequestIds, are_answered=is_behind_proxy)
     add_error_handlers(app, metrics)
-    _add_answers(app, labeler, settings, metrics, remote or remote_images(settings))
+    sources = Sources(
+        remote=remote or remote_images(settings), decoder=decoder or ImageDecoder(limits)
+    )
+    _add_answers(app, labeler, settings, metrics, turnstile, sources)
     _add_adapters(app, bulletin, adapters, labeler.engine.info.num_patches)
     _add_health(app, labeler, metrics, scrape)
     add_page(app)
@@ -141,44 +157,59 @@ def remote_images(settings: Settings) -> RemoteImages:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the images of requests come from and what decodes them."""
+
+    remote: RemoteImages
+    decoder: Decoder
+
+
 def _add_answers(
     app: FastAPI,
     labeler: Labeler,
     settings: Settings,
     metrics: Metrics,
-    remote: RemoteImages,
+    turnstile: Turnstile,
+    sources: Sources,
 ) -> None:
     limits, max_chars = image_limits(settings), settings.max_text_chars
-    decoder = ImageDecoder(limits)
     grammars = GrammarGuard(labeler.tokenizer, GrammarLimits(cpu_s=settings.grammar_cpu_s))
     info = labeler.engine.info
-    turnstile = Turnstile(settings.max_pending, metrics.pending)
 
     def deadline_of(body: LabelRequest | ChatRequest) -> Deadline:
         return Deadline(
             min(body.timeout_s or settings.request_timeout_s, settings.request_timeout_s)
         )
 
+    # Cheap checks first; no byte of an image is decoded before all that can be refused is.
+
     @app.post("/v1/label", response_model=LabelResponse, response_model_exclude_none=True)
     async def label(body: LabelRequest, request: Request) -> Any:
         """Labels one post with probabilities."""
-        with turnstile.passage(), metrics.latency.labels("label").time():
-            deadline = deadline_of(body)
+        deadline = deadline_of(body)
+        request_id = f"label-{uuid.uuid4().hex}"
+        with turnstile.passage(deadline.remaining_s), metrics.latency.labels("label").time():
             check_model(labeler.catalogue, body.model, body.label_structure)
             _check_text(len(body.text), max_chars, "text")
             cascade = Cascade.asked(body.cascade, body.confidence, body.retention_ratio)
-            started = time.perf_counter()
-            images = await decoder.decode(await remote.read(body.images, limits, "image"))
-            image_ms = 1e3 * (time.perf_counter() - started)
             choices = Choices(
                 model=body.model,
                 label_structure=body.label_structure,
                 retention_ratio=body.retention_ratio,
                 selector=body.selector,
             )
-            request_id = f"label-{uuid.uuid4().hex}"
-            asked = (labeler, body.text, images, choices, cascade, request_id)
-            climbed = await until_answered(request, deadline, climb(*asked, explain=body.explain))
+            labeler.catalogue.resolve(choices)
+
+            async def work() -> tuple[Climbed, float]:
+                started = time.perf_counter()
+                raws = await sources.remote.read(body.images, limits, "image")
+                images = await sources.decoder.decode(raws)
+                image_ms = 1e3 * (time.perf_counter() - started)
+                asked = (labeler, body.text, images, choices, cascade, request_id)
+                return await climb(*asked, explain=body.explain), image_ms
+
+            climbed, image_ms = await until_answered(request, deadline, work())
         answer = label_response(
             request_id, climbed.result, info.num_patches, image_ms, climbed.steps
         )
@@ -188,16 +219,23 @@ def _add_answers(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat, with our fields for retention and label structure."""
-        with turnstile.passage(), metrics.latency.labels("chat").time():
-            deadline = deadline_of(body)
+        deadline = deadline_of(body)
+        with turnstile.passage(deadline.remaining_s), metrics.latency.labels("chat").time():
             check_model(labeler.catalogue, body.model, body.label_structure)
             check_chat(body, info.vocab_size, info.max_model_len)
             _check_text(body.text_chars, max_chars, "messages")
-            raws = await remote.read(body.image_urls(), limits, "messages")
-            call = build_call(body, await decoder.decode(raws, "messages"), labeler)
-            await grammars.check(body, call.pattern)
-            answer = await until_answered(request, deadline, labeler.engine.chat(call))
-        metrics.chatted(body.model, *_visual_tokens(call, info.num_patches, len(raws)))
+            plan = plan_chat(body, labeler)
+
+            async def work() -> dict[str, Any] | AsyncIterator[str]:
+                raws = await sources.remote.read(body.image_urls(), limits, "messages")
+                await grammars.check(body, plan.pattern)
+                images = await sources.decoder.decode(raws, "messages")
+                return await labeler.engine.chat(build_call(body, plan, images, labeler.tokenizer))
+
+            answer = await until_answered(request, deadline, work())
+        num_images = len(body.image_urls())
+        retention = plan.settings.retention
+        metrics.chatted(body.model, *_visual_tokens(retention, info.num_patches, num_images))
         if isinstance(answer, dict):
             return JSONResponse(answer)
         return StreamingResponse(
@@ -212,8 +250,8 @@ async def _within(turnstile: Turnstile, events: AsyncIterator[str]) -> AsyncIter
             yield event
 
 
-def _visual_tokens(call: ChatCall, num_patches: int, num_images: int) -> tuple[int, int]:
-    kept = call.retention.num_kept(num_patches) * num_images
+def _visual_tokens(retention: Retention, num_patches: int, num_images: int) -> tuple[int, int]:
+    kept = retention.num_kept(num_patches) * num_images
     return kept, num_patches * num_images - kept
 
 

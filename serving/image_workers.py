@@ -11,8 +11,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from PIL import Image
@@ -195,15 +196,17 @@ class ImageWorkers:
             worker.end()
 
 
-async def open_decoder(settings: Settings, metrics: Metrics) -> Decoder:
-    """What decodes the images of requests, as the settings say; `close` it.
+@asynccontextmanager
+async def image_decoder(settings: Settings, metrics: Metrics) -> AsyncIterator[Decoder]:
+    """What decodes the images of requests, as the settings say; it ends with the block.
 
     Workers start beside whatever comes next; `started` waits for the first.
     """
     limits = image_limits(settings)
     if settings.num_image_workers == 0:
         logger.warning("images are decoded inside the server; not for images of strangers")
-        return ImageDecoder(limits)
+        yield ImageDecoder(limits)
+        return
     workers = ImageWorkers(
         limits,
         await asyncio.to_thread(Fitting.of, settings.model),
@@ -212,4 +215,7 @@ async def open_decoder(settings: Settings, metrics: Metrics) -> Decoder:
         on_loss=lambda reason: metrics.image_workers_lost.labels(reason).inc(),
     )
     workers.begin()
-    return workers
+    try:
+        yield workers
+    finally:
+        workers.close()

@@ -28,6 +28,7 @@ from serving.connections import connection_class
 from serving.draining import Drain
 from serving.errors import ConfigError, EngineDeadError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
+from serving.image_workers import image_decoder
 from serving.keys import describe_access
 from serving.labeler import Labeler
 from serving.logs import configure_logs
@@ -242,10 +243,14 @@ async def running_app(
     registry = await open_registry(settings, catalogue)
     bulletin = Bulletin(catalogue)
     engine_metrics = EngineMetrics(metrics_registry)
-    async with running_labeler(
-        settings, report, catalogue, registry, engine_metrics, is_watched=True
-    ) as labeler:
+    async with (
+        image_decoder(settings, metrics) as decoder,
+        running_labeler(
+            settings, report, catalogue, registry, engine_metrics, is_watched=True
+        ) as labeler,
+    ):
         engine = labeler.engine
+        await decoder.started()
 
         async def scrape() -> bytes:
             with suppress(EngineDeadError, TimeoutError):  # it is silent: the last count stays
@@ -265,6 +270,7 @@ async def running_app(
                     adapters=registry,
                     scrape=scrape,
                     drain=drain,
+                    decoder=decoder,
                 ),
                 labeler,
             )

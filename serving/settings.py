@@ -150,7 +150,23 @@ class Settings(BaseSettings):
         "503",
     )
     max_pending: int = Field(
-        512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
+        512,
+        gt=0,
+        description="requests taken at once by an HTTP side; more get a 429. Fewer are taken (503) "
+        "where a new one would wait over half of --request-timeout-s, as fast as they are answered",
+    )
+    max_pending_bytes: int = Field(
+        256_000_000,
+        gt=0,
+        description="bytes of their bodies, together; a body takes about four times its size in "
+        "memory until it is answered",
+    )
+    max_queued_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="prompt tokens, kept visual ones among them, that wait in an engine; more get "
+        "a 503. By default --max-num-seqs prompts as long as the model reads: time to work them "
+        "off is this divided by the engine's prompt tokens a second",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="how much is logged; info has a line a request"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from serving.draining import Drain
 from serving.errors import OverloadedError, SieveError
 from serving.facts import engine_info
 from serving.following import Bulletin, follow_with_bulletin
+from serving.image_workers import image_decoder
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import Metrics
@@ -52,6 +54,9 @@ class Ingress:
         bulletin.update(await self._follow(Report(member=f"start-{self._name}", kind="start")))
         engine = RayEngine(engines, engine_info(settings), self._metrics)
         labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
+        self._images = AsyncExitStack()  # its processes end with this one
+        decoder = await self._images.enter_async_context(image_decoder(settings, self._metrics))
+        await decoder.started()
         self._http = build_app(
             labeler,
             settings,
@@ -61,6 +66,7 @@ class Ingress:
             scrape=self._scrape,
             is_behind_proxy=True,
             drain=self._drain,
+            decoder=decoder,
         )
         self._tasks = [
             asyncio.create_task(self._drain_when_told()),

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor
 from serving.errors import BadRequestError, OverloadedError
 from serving.fitting import Fitting
 from serving.geometry import sent_size
-from serving.image_workers import ImageWorkers, open_decoder
+from serving.image_workers import ImageWorkers, image_decoder
 from serving.images import FORMATS, ImageDecoder, ImageLimits, decode_image
 from serving.metrics import Metrics
 from serving.settings import DEMO, Settings
@@ -101,9 +101,8 @@ async def test_workers_give_the_pixels_of_the_threads_way():
 
 async def test_fitted_images_are_the_engines_pixels_and_know_their_sent_size():
     settings = Settings(image_workers=1)
-    decoder = await open_decoder(settings, Metrics(CollectorRegistry()))
     processor = AutoImageProcessor.from_pretrained(DEMO / "base")
-    try:
+    async with image_decoder(settings, Metrics(CollectorRegistry())) as decoder:
         await decoder.started()
         for name, raw in pictures():
             whole = decode_image(raw, LIMITS)
@@ -112,8 +111,6 @@ async def test_fitted_images_are_the_engines_pixels_and_know_their_sent_size():
             np.testing.assert_array_equal(*(p["pixel_values"] for p in pixels), err_msg=name)
             assert fitted.size == pixels[0]["pixel_values"].shape[:1:-1]
             assert sent_size(fitted) == whole.size
-    finally:
-        decoder.close()
 
 
 async def test_images_keep_their_order_and_the_bad_one_is_named():
