@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.audit import Refusals
 from serving.catalogue import Catalogue, Choices
 from serving.error_handlers import respond
-from serving.errors import ForbiddenError, SieveError, UnauthorizedError
+from serving.errors import BadRequestError, ForbiddenError, SieveError, UnauthorizedError
 from serving.keyring import Keyring
 from serving.keys import Key, caller
 from serving.metrics import Metrics
@@ -94,6 +94,30 @@ class KeyGate:
                 "'Authorization: Bearer KEY'"
             )
         return key
+
+
+class PlainPaths:
+    """Knows no path with a line end or another control character in it: not found.
+
+    The router's patterns end in `$`, which also matches before a last line end, so that
+    `/metrics%0A` would be `/metrics` to it and to nobody else.
+
+    Args:
+        app: what is served.
+        metrics: counts refusals.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or refuses it."""
+        if scope["type"] != "http" or scope["path"].isprintable():
+            await self._app(scope, receive, send)
+            return
+        error = BadRequestError("the path has a control character in it; there is no such path")
+        error.status = 404
+        await respond(error, scope, self._metrics)(scope, receive, send)
 
 
 def _path(scope: Scope) -> str:
