@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import batch, faults, fuzz, homes, outages, ramp, server, shape, tower, training
+from bench import batch, faults, fuzz, homes, outages, ramp, server, shape, soak, tower, training
 from bench.environment import describe
 from bench.outcome import BenchError
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "batch": batch,
     "outages": outages,
     "fuzz": fuzz,
+    "soak": soak,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -41,6 +42,7 @@ examples:
   python -m bench outages                     what clients see when the engine dies or hangs
   python -m bench batch --data posts.jsonl    batches beside the engine's limit and vLLM's run_batch
   python -m bench fuzz --seconds 120          damaged images and bodies: answered or refused
+  python -m bench soak --minutes 20           what grows, what fails while all goes on at once
   python -m bench shape --help                what a command measures, and its options
 """
 
