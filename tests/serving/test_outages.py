@@ -112,6 +112,13 @@ def question(number, **more):
     return {**body, "model": "llavac", **more}
 
 
+def slow_chat(num_tokens, **more):
+    """A chat that takes exactly so many steps."""
+    end = json.loads((DEMO / "base" / "config.json").read_text())["text_config"]["eos_token_id"]
+    ask = {"model": "demo", "messages": [{"role": "user", "content": "Tell me a story."}]}
+    return {**ask, "max_tokens": num_tokens, "logit_bias": {str(end): -100}, **more}
+
+
 def known(server):
     """Answers of every model to the same posts; the caches play no part in them."""
     cards = httpx.get(f"{server.url}/v1/models").json()["data"]
@@ -217,9 +224,7 @@ def test_a_stopped_worker_is_a_hang_and_its_processes_are_gone(server):
 @pytest.mark.long
 def test_a_stream_whose_engine_is_killed_ends_with_an_error_event(server):
     family = server.family()
-    message = {"role": "user", "content": "Tell me a long story."}
-    body = {"model": "demo", "messages": [message], "max_tokens": 1500, "stream": True}
-    body |= {"temperature": 2.0, "seed": 1}
+    body = slow_chat(1500, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as told:
         lines = told.iter_lines()
         first = next(line for line in lines if line)
@@ -233,10 +238,7 @@ def test_a_stream_whose_engine_is_killed_ends_with_an_error_event(server):
 
 def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_nothing(server):
     family, streamed = server.family(), []
-    message = {"role": "user", "content": "Tell me a long story."}
-    slow = {"model": "demo", "messages": [message], "max_tokens": 600, "stream": True}
-    slow |= {"temperature": 2.0, "seed": 2}
-    started = threading.Event()
+    slow, started = slow_chat(800, stream=True), threading.Event()
 
     def stream():
         with httpx.stream(
@@ -251,7 +253,8 @@ def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_no
         streaming = pool.submit(stream)
         assert started.wait(60)
         # More than the engine takes at once: some of them wait in its queue.
-        queued = [pool.submit(server.post, "/v1/label", question(100 + n)) for n in range(12)]
+        ask = [slow_chat(200, user=str(number)) for number in range(12)]
+        queued = [pool.submit(server.post, "/v1/chat/completions", each) for each in ask]
         while server.metric("sieve_pending_requests") < 1 + len(queued):
             assert not streaming.done()
             time.sleep(0.01)
@@ -263,7 +266,9 @@ def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_no
         assert refused.json()["error"]["code"] == "draining"
         assert refused.headers["connection"] == "close"
         assert int(refused.headers["retry-after"]) >= 1
-        assert [answer.result().status_code for answer in queued] == [200] * len(queued)
+        answers = [answer.result() for answer in queued]
+        assert [answer.status_code for answer in answers] == [200] * len(answers)
+        assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {200}
         streaming.result()
     assert streamed[-2] == "data: [DONE]"
     assert not any("error" in line for line in streamed)
