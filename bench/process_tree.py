@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.outcome import BenchError
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def is_alive(pid: int) -> bool:
@@ -25,6 +29,44 @@ def descendants(pid: int) -> list[int]:
             for child in map(int, path.read_text().split()):
                 found += [child, *descendants(child)]
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What processes hold at one moment.
+
+    Attributes:
+        rss: resident bytes; what they share counts for each of them.
+        descriptors: open files, sockets and pipes.
+        threads: of all of them.
+        processes: how many there are.
+    """
+
+    rss: int
+    descriptors: int
+    threads: int
+    processes: int
+
+
+def usage(pid: int) -> Usage:
+    """What a process and its descendants hold."""
+    found = [each for pid in [pid, *descendants(pid)] if (each := _usage_of(pid)) is not None]
+    return Usage(
+        rss=sum(rss for rss, _, _ in found),
+        descriptors=sum(descriptors for _, descriptors, _ in found),
+        threads=sum(threads for _, _, threads in found),
+        processes=len(found),
+    )
+
+
+def _usage_of(pid: int) -> tuple[int, int, int] | None:
+    folder = Path(f"/proc/{pid}")
+    try:
+        pages = int((folder / "statm").read_text().split()[1])
+        descriptors = len(list((folder / "fd").iterdir()))
+        return pages * _PAGE, descriptors, len(list((folder / "task").iterdir()))
+    except (FileNotFoundError, ProcessLookupError):
+        return None  # it ended meanwhile
 
 
 def engine_core(replica: int) -> int:
