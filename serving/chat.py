@@ -97,4 +97,16 @@ def _pattern(request: ChatRequest, settings: Resolved, labeler: Labeler) -> str 
                 f"structured_outputs.choice has {choice[:40]!r}; a choice is 1 to 256 characters",
                 param="structured_outputs",
             )
+    _check_no_special_tokens(choices, labeler.tokenizer)
     return pattern_of([labeler.answer_ids(choice) for choice in dict.fromkeys(choices)])
+
+
+def _check_no_special_tokens(choices: list[str], tokenizer: Any) -> None:
+    for choice in choices:
+        for token in tokenizer.all_special_tokens:
+            if token in choice:
+                raise BadRequestError(
+                    f"structured_outputs.choice has {choice[:40]!r}, and {token!r} is a token of "
+                    "the model that cannot be answered; leave it out",
+                    param="structured_outputs",
+                )

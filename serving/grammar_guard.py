@@ -9,6 +9,7 @@ The server's own structures never come here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -218,6 +220,8 @@ class _Compiler:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is the server's to answer
         )
+        # Ends it at the latest where Python exits.
+        self._finally = weakref.finalize(self, _end, self._process)
         limits = self._limits
         setup = {
             "cpu_s": limits.cpu_s,
@@ -254,24 +258,28 @@ class _Compiler:
         """Ends what did not answer; says which limit it met."""
         process, self._process = self._process, None
         assert process is not None, "it was there to be asked"
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            process.kill()  # the machine is too busy: it had not used up its time
-            process.wait()
-            return None
-        finally:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        self._finally()
+        # One that had to be ended now had not used up its time: the machine is too busy.
         if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
-            return None  # somebody else's doing
+            return None
         return "time" if process.returncode == -signal.SIGPROF else "memory"
 
     def kill(self) -> None:
         """Ends the process; whoever waits for its answer hears of that."""
         if self._process is not None:
             self._process.kill()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Makes sure that it is gone, with its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):  # a question was on its way
+                pipe.close()
 
 
 def words_of(tokenizer: Any) -> list[tuple[str, list[int]]]:

@@ -24,7 +24,7 @@ _NATIVE = ipaddress.IPv6Network("2000::/3")
 _TUNNELS = tuple(
     map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
 )
-_RELAYS = ipaddress.IPv4Network("192.88.99.0/24")
+_SPECIAL = tuple(map(ipaddress.IPv4Network, ("192.0.0.0/24", "192.88.99.0/24")))
 
 
 def is_public(address: str) -> bool:
@@ -45,7 +45,9 @@ def is_public(address: str) -> bool:
         if ip in _NAT64:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         return ip in _NATIVE and ip.is_global and not any(ip in net for net in _TUNNELS)
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _RELAYS
+    if ip.is_multicast or ip.is_reserved or any(ip in net for net in _SPECIAL):
+        return False
+    return ip.is_global
 
 
 @dataclass(frozen=True, kw_only=True)
