@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from serving.adapters import lora_room
+from serving.engine_queue import EngineQueue, persistently
 from serving.errors import (
     AdapterError,
     BadRequestError,
     ConfigError,
     EngineDeadError,
+    FailedOnceError,
     OverloadedError,
     SieveError,
 )
@@ -39,7 +43,7 @@ from serving.protocol import (
     LoraRoom,
 )
 from serving.settings import Settings
-from serving.streams import ENGINE_STOPPED, failing_stream, held_stream, without_leading_space
+from serving.streams import ENGINE_STOPPED, begun_stream, held_stream, without_leading_space
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -68,9 +72,16 @@ class VllmEngine:
     """An `Engine` on vLLM in this process; start it with `start`."""
 
     def __init__(
-        self, llm: Any, chat: Any, models: Any, info: EngineInfo, adapters: LoadedAdapters
+        self,
+        llm: Any,
+        chat: Any,
+        models: Any,
+        info: EngineInfo,
+        adapters: LoadedAdapters,
+        queue: EngineQueue,
     ) -> None:
         self._llm, self._chat, self._models = llm, chat, models
+        self._queue = queue
         self._info = info
         self.adapters = adapters
         self._in_flight = 0
@@ -110,8 +121,14 @@ class VllmEngine:
 
         try:
             room = room or lora_room(settings, adapters)
-            args = engine_args(settings, room)
-            llm = await _started_beside(args) if is_again else AsyncLLM.from_engine_args(args)
+            queue = EngineQueue()
+            make = functools.partial(
+                AsyncLLM.from_engine_args,
+                engine_args(settings, room),
+                stat_loggers=[queue.stat_logger],
+            )
+            llm = await _started_beside(make) if is_again else make()
+            queue.num_tokens = llm.get_num_queued_tokens
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
@@ -128,9 +145,9 @@ class VllmEngine:
             llm.shutdown()
             raise ConfigError(f"vLLM took {settings.model!r} for a text-only model; start again")
         info = replace(engine_info(settings), max_model_len=llm.model_config.max_model_len)
-        engine = cls(llm, chat, models, info, loaded)
+        engine = cls(llm, chat, models, info, loaded, queue)
         # vLLM keeps a traceback with this frame: what it names would outlive `close`.
-        del llm, chat, models, loaded
+        del llm, chat, models, loaded, make, queue
         return engine
 
     @property
@@ -152,6 +169,14 @@ class VllmEngine:
             detokenize=False,
         )
         async with self._serving(request.adapter):
+            output = await persistently(
+                functools.partial(self._decoded, request, params), waits=request.is_further
+            )
+        return _read_output(output)
+
+    async def _decoded(self, request: Generation, params: Any) -> Any:
+        with self._told_errors():
+            self._llm.check_admission()  # before its images are processed
             (engine_input,) = await self._llm.renderer.render_cmpl_async([_prompt(request)])
             outputs = self._llm.generate(
                 engine_input,
@@ -160,7 +185,9 @@ class VllmEngine:
                 lora_request=self._lora_request(request.adapter),
             )
             (output,) = [output async for output in outputs]
-        return _read_output(output)
+            if output.outputs[0].finish_reason == "error":
+                raise self._failure(500, "", None)
+            return output
 
     async def explain(self, request: Generation) -> list[Explanation]:
         """Which patches the request's images keep: the tower once more, past all caches."""
@@ -189,7 +216,6 @@ class VllmEngine:
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
         """Answers through vLLM's own OpenAI chat class."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         body = dict(call.body)
         if call.adapter is not None:
@@ -208,11 +234,8 @@ class VllmEngine:
                 mm_processor_kwargs=call.retention.processor_kwargs(),
                 add_special_tokens=self._adds_bos,
             )
-            answer = await self._chat.create_chat_completion(request)
-            if isinstance(answer, ErrorResponse):
-                raise _from_response(answer.error)
+            answer = await persistently(functools.partial(self._chatted, request), waits=False)
             if request.stream:  # the adapter stays in use until the last event
-                answer = failing_stream(answer)
                 events = answer if call.pattern is None else without_leading_space(answer)
                 return held_stream(events, held.pop_all())
         completion: dict[str, Any] = answer.model_dump(mode="json")
@@ -220,6 +243,40 @@ class VllmEngine:
             for choice in completion["choices"]:
                 choice["message"]["content"] = (choice["message"]["content"] or "").lstrip()
         return completion
+
+    async def _chatted(self, request: Any) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        with self._told_errors():
+            answer = await self._chat.create_chat_completion(request)
+            if isinstance(answer, ErrorResponse):
+                error = answer.error
+                raise self._failure(error.code, error.message, error.param)
+            return await begun_stream(answer, self._failure) if request.stream else answer
+
+    def _failure(self, code: int, message: str, param: str | None) -> SieveError:
+        """What a client is told of a request that vLLM did not answer."""
+        if code < 500:
+            return BadRequestError(message, param=param)
+        if self._llm.errored:
+            return EngineDeadError(ENGINE_STOPPED)
+        if code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return self._queue.refusal()
+        # As when vLLM believes that an image is in the engine, whose request was refused.
+        return FailedOnceError("the engine failed on this request; try again shortly")
+
+    @contextlib.contextmanager
+    def _told_errors(self) -> Iterator[None]:
+        """VLLM's errors as ours, and its full queue with the time to come again."""
+        from vllm.exceptions import GenerationError, GracefulHTTPError
+
+        with translated_errors():
+            try:
+                yield
+            except GracefulHTTPError as error:
+                raise self._queue.refusal() from error
+            except GenerationError as error:
+                raise self._failure(500, str(error), None) from error
 
     @contextlib.asynccontextmanager
     async def _serving(self, adapter: Adapter | None) -> AsyncIterator[None]:
@@ -297,21 +354,20 @@ class VllmEngine:
         await asyncio.to_thread(self._family.kill)  # a stopped worker hears nothing else
         self.adapters.close()
         self._llm = self._chat = self._models = None
+        self._queue.num_tokens = lambda: 0  # of the engine that is gone
         del self.adapters  # it holds the engine as well
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
 
 
-async def _started_beside(args: Any) -> Any:
+async def _started_beside(make: Callable[[], Any]) -> Any:
     """An `AsyncLLM`, started while the event loop goes on.
 
     Its processes are spawned: forked ones would inherit the sockets that are being served.
     """
-    from vllm.v1.engine.async_llm import AsyncLLM
-
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     others = set(multiprocessing.active_children())
     loop = asyncio.get_running_loop()
-    starting = loop.run_in_executor(None, AsyncLLM.from_engine_args, args)
+    starting = loop.run_in_executor(None, make)
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
@@ -337,6 +393,7 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        max_num_queued_tokens=_most_queued(settings),
         limit_mm_per_prompt={"image": settings.max_images},
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         gpu_memory_utilization=settings.gpu_memory,
@@ -350,6 +407,13 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
         max_logprobs=MAX_LOGPROBS,
         **(lora_args(room) if room else {}),
     )
+
+
+def _most_queued(settings: Settings) -> int | None:
+    """Prompt tokens that may wait: by default a full batch of the longest prompts."""
+    if settings.max_queued_tokens is None:
+        return settings.max_num_seqs * engine_info(settings).max_model_len
+    return settings.max_queued_tokens or None
 
 
 def lora_args(room: LoraRoom) -> dict[str, Any]:
@@ -482,9 +546,3 @@ def translated_errors() -> Iterator[None]:
         raise OverloadedError(f"the server is at its limit: {error}; try again shortly") from error
     except (VLLMClientError, ValueError) as error:
         raise BadRequestError(str(error), param=getattr(error, "parameter", None)) from error
-
-
-def _from_response(error: Any) -> SieveError:
-    if error.code >= 500:
-        return EngineDeadError(ENGINE_STOPPED)
-    return BadRequestError(error.message, param=error.param)

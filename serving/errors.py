@@ -102,6 +102,14 @@ class OverloadedError(SieveError):
     code = "overloaded"
 
 
+class FailedOnceError(SieveError):
+    """The engine could not do one request and goes on; it may be tried again (503)."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_failed_once"
+
+
 class DeadlineError(SieveError):
     """Not answered in the time that the client or the server gives it (503); it was cancelled."""
 

@@ -93,6 +93,8 @@ class Generation:
         pattern: what may be decoded (see `serving.constraint`).
         max_tokens: decoding steps.
         num_logprobs: alternatives wanted at each step.
+        is_further: another pass of a request that was let in: it waits for room in the engine's
+            queue where a new one is refused.
         cache_salt: requests share the prefix cache with those of the same salt only.
     """
 
@@ -104,6 +106,7 @@ class Generation:
     pattern: str
     max_tokens: int
     num_logprobs: int
+    is_further: bool = False
     cache_salt: str | None = field(default=None, repr=False)
 
 

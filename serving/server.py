@@ -158,6 +158,8 @@ async def running_labeler(
         report(describe_adapters(registry))
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
     tokenizer = load_tokenizer(settings.model)
+    if not is_watched:  # work of one's own waits; it is not refused
+        settings = settings.model_copy(update={"max_queued_tokens": 0})
     start, follow = _starter(settings, catalogue, tokenizer, metrics), _follower(registry)
     running = _watched if is_watched else _unwatched
     async with running(settings, start, follow, metrics) as engine:

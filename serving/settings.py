@@ -163,10 +163,10 @@ class Settings(BaseSettings):
     )
     max_queued_tokens: int | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="prompt tokens, kept visual ones among them, that wait in an engine; more get "
         "a 503. By default --max-num-seqs prompts as long as the model reads: time to work them "
-        "off is this divided by the engine's prompt tokens a second",
+        "off is this divided by the engine's prompt tokens a second; 0 is no bound",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="how much is logged; info has a line a request"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
 
-from serving.errors import EngineDeadError
+from serving.errors import SieveError
+
+Failure = Callable[[int, str, str | None], SieveError]
+"""From vLLM's status, message and field to what a client is told."""
 
 ENGINE_STOPPED = "the engine stopped; try again shortly"
 
@@ -18,18 +21,39 @@ async def held_stream(events: AsyncIterator[str], held: AsyncExitStack) -> Async
             yield event
 
 
-async def failing_stream(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """VLLM's stream, where the event that says that its engine failed is an exception.
+async def begun_stream(events: AsyncIterator[str], failure: Failure) -> AsyncIterator[str]:
+    """VLLM's stream once its first event is there: what fails before it has a status of its own.
 
     Raises:
-        EngineDeadError: the engine stopped.
+        SieveError: the first event says that the request failed; a later one raises where it is.
     """
-    async for event in events:
-        if event.startswith('data: {"error"'):
-            code = json.loads(event.removeprefix("data: "))["error"]["code"]
-            if isinstance(code, int) and code >= 500:
-                raise EngineDeadError(ENGINE_STOPPED)
-        yield event
+    stream = _failing(events, failure)
+    try:
+        first = await anext(stream, "data: [DONE]\n\n")
+    except BaseException:
+        await stream.aclose()
+        raise
+    return _resumed(first, stream)
+
+
+async def _resumed(first: str, stream: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with aclosing(stream):
+        yield first
+        async for event in stream:
+            yield event
+
+
+async def _failing(events: AsyncIterator[str], failure: Failure) -> AsyncGenerator[str, None]:
+    try:
+        async for event in events:
+            if event.startswith('data: {"error"'):
+                error = json.loads(event.removeprefix("data: "))["error"]
+                raise failure(int(error["code"]), str(error["message"]), error.get("param"))
+            yield event
+    finally:
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def without_leading_space(events: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -197,11 +197,13 @@ async def _events(
                 raise event
             yield event
         is_over = True
-    except (*_REPLICA_LOST, EngineDeadError) as error:
+    except (*_REPLICA_LOST, SieveError) as error:
         is_over = True
         lost: SieveError = EngineDeadError("the engine was lost in this answer; ask again")
         if isinstance(error, EngineDeadError) and error.is_crash:
             lost = on_crash(error)
+        elif isinstance(error, SieveError) and not isinstance(error, EngineDeadError):
+            lost = error
         yield f"data: {json.dumps(lost.body())}\n\n"
         yield "data: [DONE]\n\n"
     finally:
