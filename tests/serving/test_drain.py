@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
+from serving.cluster.exits import Exits
 from serving.draining import Drain, DrainGate
 from serving.server import QuietServer
 from tests.running import free_port
@@ -157,3 +158,35 @@ async def test_a_client_that_left_is_not_waited_for():
         scene.server.stop()
         async with asyncio.timeout(30):
             await scene.task
+
+
+async def test_on_ray_the_end_waits_for_every_http_side_and_tells_those_who_ask_at_once():
+    exits = Exits()
+    asking = [asyncio.create_task(exits.begun(name)) for name in ("one", "two")]
+    await asyncio.sleep(0)
+    ending = asyncio.create_task(exits.all_done(600))
+    assert await asyncio.gather(*asking) == [True, True]
+    exits.done("one")
+    await asyncio.sleep(0.1)
+    assert not ending.done()
+    exits.done("two")
+    assert await ending
+
+
+async def test_on_ray_an_http_side_that_died_before_is_not_waited_for():
+    exits = Exits()
+    asking = [asyncio.create_task(exits.begun(name)) for name in ("lost", "living")]
+    await asyncio.sleep(0)
+    exits._asked["lost"] -= 600
+    exits.done("living")
+    assert await exits.all_done(600)
+    await asyncio.gather(*asking)
+
+
+async def test_on_ray_an_http_side_that_does_not_get_empty_in_time_is_told_of(monkeypatch):
+    monkeypatch.setattr("serving.cluster.exits._LAST_WORDS_S", 0.0)
+    exits = Exits()
+    asking = asyncio.create_task(exits.begun("one"))
+    await asyncio.sleep(0)
+    assert not await exits.all_done(0.1)
+    assert await asking
