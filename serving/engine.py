@@ -44,6 +44,7 @@ from serving.protocol import (
 )
 from serving.settings import Settings
 from serving.streams import ENGINE_STOPPED, begun_stream, held_stream, without_leading_space
+from serving.weights import check_base_files
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -112,6 +113,7 @@ class VllmEngine:
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
         """
+        check_base_files(settings.model, settings.base_sha256)
         prepare_environment(settings)
         import torch
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -390,6 +392,8 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
     return AsyncEngineArgs(
         model=settings.model,
         served_model_name=settings.served_name,
+        load_format="safetensors",
+        trust_remote_code=False,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

@@ -33,7 +33,7 @@ class Fitting:
         """Fits where processing a fitted image gives the same pixels, to the bit."""
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         noise = np.random.default_rng(0)
         for size in ((331, 470), (77, 60)):
             image = Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -50,7 +50,7 @@ class Fitting:
         from transformers import AutoImageProcessor
 
         torch.set_num_threads(1)
-        return AutoImageProcessor.from_pretrained(self.model)
+        return AutoImageProcessor.from_pretrained(self.model, trust_remote_code=False)
 
 
 def _pixels(processor: Any, image: Image.Image) -> np.ndarray:

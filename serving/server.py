@@ -47,7 +47,7 @@ _GOODBYE_S = 5
 
 def load_tokenizer(model: str) -> Any:
     """The checkpoint's tokenizer with its chat template (LLaVA keeps that with the processor)."""
-    processor = AutoProcessor.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     tokenizer = processor.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     return tokenizer
@@ -60,7 +60,7 @@ def check_model(model: str) -> None:
         ConfigError: there is no such checkpoint, or it is not LLaVA-1.5-like.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={model!r} cannot be read: {error}", param="model") from error
     if config.model_type != "llava":

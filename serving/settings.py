@@ -35,6 +35,12 @@ class Settings(BaseSettings):
     model: str = Field(
         str(DEMO / "base"), description="LLaVA-1.5 checkpoint: a folder, or a Hugging Face id"
     )
+    base_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-fA-F]{64}$",
+        description="refuse to start unless the folder --model has this hash: that of what "
+        "`LC_ALL=C sha256sum *` prints in it",
+    )
     model_name: str | None = Field(
         None, description="the base model's name in the API; by default the last part of --model"
     )
