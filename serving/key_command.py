@@ -55,7 +55,7 @@ def key_command(argv: list[str]) -> Callable[[], Coroutine[None, None, int]]:
         print(secret)
         print("above: the key; it is not shown again", file=sys.stderr)
         if options.file is None:
-            print(f"below: its entry for the file of --keys\n{entry_text(entry)}", end="")
+            print(f"# its entry for the file of --keys:\n{entry_text(entry)}", end="")
         return 0
 
     return run
