@@ -48,7 +48,7 @@ from bench.answers import (
 from bench.drills import tally_of
 from bench.load import TIMEOUT_S, Load
 from bench.outcome import BenchError, Outcome, positive, progress
-from bench.process_tree import descendants, engine_core, is_alive
+from bench.process_tree import descendants, engine_core, is_alive, worker_of
 from bench.processes import Server, free_port, running
 from bench.statistics import Sample
 
@@ -158,18 +158,6 @@ def _process_of(port: int) -> int:
         if f"--port={port}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
             return pid
     raise BenchError(f"no server was started on port {port}")
-
-
-def worker_of(core: int) -> int:
-    """The worker of an engine core.
-
-    Raises:
-        BenchError: it has none.
-    """
-    for pid in descendants(core):
-        if "Worker" in Path(f"/proc/{pid}/cmdline").read_text():
-            return pid
-    raise BenchError(f"engine core {core} has no worker")
 
 
 async def _one_part(

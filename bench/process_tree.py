@@ -79,3 +79,15 @@ def engine_core(replica: int) -> int:
         if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text():
             return pid
     raise BenchError(f"process {replica} has no engine core")
+
+
+def worker_of(core: int) -> int:
+    """The worker of an engine core.
+
+    Raises:
+        BenchError: it has none.
+    """
+    for pid in descendants(core):
+        if "Worker" in Path(f"/proc/{pid}/cmdline").read_text():
+            return pid
+    raise BenchError(f"engine core {core} has no worker")

@@ -9,8 +9,9 @@ import pytest
 from bench import answers
 from bench.__main__ import build_parser
 from bench.answers import Answer
-from bench.outages import PARTS, Look, Run, sort_out, summarise, worker_of
+from bench.outages import PARTS, Look, Run, sort_out, summarise
 from bench.outcome import BenchError
+from bench.process_tree import worker_of
 
 
 def answer(outcome, detail="", at_s=1.0):
