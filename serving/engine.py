@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import logging
 import multiprocessing
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -45,6 +46,8 @@ from serving.protocol import (
 from serving.settings import Settings
 from serving.streams import ENGINE_STOPPED, begun_stream, held_stream, without_leading_space
 from serving.weights import check_base_files
+
+logger = logging.getLogger("sieve.engine")
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -108,12 +111,13 @@ class VllmEngine:
             adapters: loaded before the first request.
             room: what later adapters may need; by default what these need.
             metrics: told how long adapters take to load.
-            is_again: this process serves meanwhile, so its event loop must go on.
+            is_again: this process serves meanwhile, so its event loop must go on; an adapter that
+                cannot be loaded any more is left out.
 
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
         """
-        check_base_files(settings.model, settings.base_sha256)
+        await asyncio.to_thread(check_base_files, settings.model, settings.base_sha256)
         prepare_environment(settings)
         import torch
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -139,7 +143,13 @@ class VllmEngine:
             on_load = metrics.adapter_loaded if metrics else lambda seconds: None
             loaded = LoadedAdapters(_VllmSlots(llm), room, on_load)
             for adapter in adapters[: room.max_cpu_loras if room else 0]:
-                await loaded.prepare(adapter)
+                try:
+                    await loaded.prepare(adapter)
+                except AdapterError as error:
+                    if not is_again:
+                        raise
+                    # Requests for it hear why; the others are not to wait for it.
+                    logger.error("adapter %r is not loaded again: %s", adapter.name, error.message)
         except BaseException:
             llm.shutdown()
             raise
