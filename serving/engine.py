@@ -330,7 +330,8 @@ class VllmEngine:
 
     async def tower_images(self) -> int:
         """Images that went through the vision tower so far (of rank 0)."""
-        return int((await self._llm.collective_rpc("sieve_tower_images"))[0])
+        with translated_errors():
+            return int((await self._llm.collective_rpc("sieve_tower_images"))[0])
 
     async def check_health(self) -> None:
         """Raises `EngineDeadError` where the engine core or its worker is gone."""
