@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from serving.errors import SieveError
@@ -30,8 +30,11 @@ def audit(what: str, **fields: object) -> None:
         fields: of it; values that are None are left out.
     """
     key = caller.get()
-    named = {"key": key.name} if key else {}
-    line = {"what": what, **named, **{k: v for k, v in fields.items() if v is not None}}
+    _log({"what": what, "key": key.name if key else None, **fields})
+
+
+def _log(fields: Mapping[str, object]) -> None:
+    line = {name: value for name, value in fields.items() if value is not None}
     logger.info(json.dumps(line, default=str), extra={"fields": line})
 
 
@@ -74,5 +77,5 @@ class Refusals:
             return
         self._told_at = self._clock()
         for (code, name), count in self._counts.items():
-            audit("requests_refused", code=code, count=count, of_key=name)
+            _log({"what": "requests_refused", "key": name, "code": code, "count": count})
         self._counts.clear()

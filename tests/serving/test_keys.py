@@ -853,7 +853,7 @@ def test_a_flood_of_refusals_is_a_line_in_ten_seconds(caplog):
     by_code = {code: sum(c["count"] for c in counts if c["code"] == code)
                for code in ("invalid_api_key", "key_rate")}  # fmt: skip
     assert by_code == {"invalid_api_key": 1000, "key_rate": 1}
-    assert counts[-1]["of_key"] == "alice"
+    assert counts[-1]["key"] == "alice"
 
 
 def test_a_server_that_others_reach_without_keys_says_so(tmp_path):
