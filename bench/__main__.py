@@ -7,7 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-from bench import batch, faults, fuzz, homes, outages, ramp, server, shape, soak, tower, training
+from bench import (
+    batch,
+    checks,
+    faults,
+    fuzz,
+    homes,
+    outages,
+    overload,
+    ramp,
+    server,
+    shape,
+    soak,
+    tower,
+    training,
+)
 from bench.environment import describe
 from bench.outcome import BenchError
 
@@ -23,6 +37,8 @@ COMMANDS = {
     "outages": outages,
     "fuzz": fuzz,
     "soak": soak,
+    "overload": overload,
+    "checks": checks,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -43,6 +59,8 @@ examples:
   python -m bench batch --data posts.jsonl    batches beside the engine's limit and vLLM's run_batch
   python -m bench fuzz --seconds 120          damaged images and bodies: answered or refused
   python -m bench soak --minutes 20           what grows, what fails while all goes on at once
+  python -m bench overload                    who is answered at 1, 2 and 10 times capacity
+  python -m bench checks                      what keys, limits and image workers cost
   python -m bench shape --help                what a command measures, and its options
 """
 

@@ -62,7 +62,7 @@ def enter(turnstile, count):
     """So many requests that stay inside until the stack is closed."""
     inside = ExitStack()
     for _ in range(count):
-        inside.enter_context(turnstile.passage())
+        inside.enter_context(turnstile.stay())
     return inside
 
 
