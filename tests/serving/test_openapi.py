@@ -68,7 +68,7 @@ CASES = [
     (route, mode)
     for route in sorted(ROUTES)
     for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
-    if mode is GenerationMode.POSITIVE or route[0] != "GET"  # nothing of those can be wrong
+    if mode is GenerationMode.POSITIVE or route[0] == "POST"  # nothing of others can be wrong
 ]
 
 
