@@ -31,7 +31,7 @@ from serving.schema import ChatRequest
 
 logger = logging.getLogger("sieve")
 
-MAX_PATTERN_CHARS = 40_000
+MAX_PATTERN_CHARS = 20_000
 """Of the regular expression that a schema becomes; vLLM reads it on the event loop as well."""
 _WORKER = Path(__file__).with_name("grammar_worker.py")
 _START_S = 60.0
