@@ -90,6 +90,10 @@ def ask(url, name, method, path, **more):
     return httpx.request(method, f"{url}{path}", headers=headers, timeout=120, **more)
 
 
+def client_of(url, key):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
 def test_equal_posts_of_two_keys_share_no_prefix_and_answer_the_same(url):
     body = {"image": data_url(noise(61)), "text": WORDS, "retention_ratio": 0.4}
 
@@ -113,9 +117,9 @@ def test_equal_chats_of_two_keys_share_no_prefix(url, has_image):
         content.append({"type": "image_url", "image_url": {"url": data_url(noise(62))}})
 
     def chat(name):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key=SECRETS[name], max_retries=0)
         messages = [{"role": "user", "content": content}]
-        answer = client.chat.completions.create(model="demo", messages=messages, max_tokens=2)
+        with client_of(url, SECRETS[name]) as client:
+            answer = client.chat.completions.create(model="demo", messages=messages, max_tokens=2)
         details = answer.usage.prompt_tokens_details
         return details.cached_tokens if details else 0
 
@@ -125,44 +129,36 @@ def test_equal_chats_of_two_keys_share_no_prefix(url, has_image):
 
 
 def test_openais_client_sees_our_refusals_as_its_own_errors(url):
-    def client(key):
-        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
     talk = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-    with pytest.raises(openai.AuthenticationError) as refused:
-        client(new_key()).models.list()
+    with client_of(url, new_key()) as client, pytest.raises(openai.AuthenticationError) as refused:
+        client.models.list()
     assert refused.value.code == "invalid_api_key"
-    with pytest.raises(openai.PermissionDeniedError) as refused:
-        client(SECRETS["narrow"]).chat.completions.create(model="llavac", **talk)
-    assert refused.value.code == "adapter_not_allowed"
-    narrow = client(SECRETS["narrow"])
-    assert [model.id for model in narrow.models.list()] == ["sentiment"]
-    assert narrow.chat.completions.create(model="sentiment", **talk).choices
+    with client_of(url, SECRETS["narrow"]) as client:
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            client.chat.completions.create(model="llavac", **talk)
+        assert refused.value.code == "adapter_not_allowed"
+        assert [model.id for model in client.models.list()] == ["sentiment"]
+        assert client.chat.completions.create(model="sentiment", **talk).choices
 
 
-def test_only_an_admin_changes_adapters_and_reads_metrics(on_ray_or_skip):
-    """On Ray, where the home's own adapters folder is a copy."""
-    server = on_ray_or_skip
+@pytest.mark.ray
+@pytest.mark.long
+def test_only_an_admin_changes_adapters_and_reads_metrics(on_ray):
     for name, status in ((None, 401), ("alice", 403)):
-        assert ask(server.url, name, "DELETE", "/v1/adapters/sentiment").status_code == status
-        assert ask(server.url, name, "GET", "/metrics").status_code == status
+        assert ask(on_ray.url, name, "DELETE", "/v1/adapters/sentiment").status_code == status
+        assert ask(on_ray.url, name, "GET", "/metrics").status_code == status
         body = {"name": "sentiment"}
-        assert ask(server.url, name, "POST", "/v1/adapters", json=body).status_code == status
-    assert ask(server.url, None, "GET", "/readyz").status_code == 200
-    assert b"sieve_requests" in ask(server.url, "ops", "GET", "/metrics").content
-    removed = ask(server.url, "ops", "DELETE", "/v1/adapters/sentiment")
+        assert ask(on_ray.url, name, "POST", "/v1/adapters", json=body).status_code == status
+    assert ask(on_ray.url, None, "GET", "/readyz").status_code == 200
+    assert b"sieve_requests" in ask(on_ray.url, "ops", "GET", "/metrics").content
+    removed = ask(on_ray.url, "ops", "DELETE", "/v1/adapters/sentiment")
     assert removed.status_code == 200, removed.text
     label = {"text": "x", "model": "sentiment"}
-    assert ask(server.url, "alice", "POST", "/v1/label", json=label).status_code == 404
-    added = ask(server.url, "ops", "POST", "/v1/adapters", json={"name": "sentiment"})
+    assert ask(on_ray.url, "alice", "POST", "/v1/label", json=label).status_code == 404
+    added = ask(on_ray.url, "ops", "POST", "/v1/adapters", json={"name": "sentiment"})
     assert added.status_code == 200, added.text
-    assert ask(server.url, "alice", "POST", "/v1/label", json=label).status_code == 200
-    check_log(server)
-
-
-@pytest.fixture(params=[ON_RAY])
-def on_ray_or_skip(request):
-    return request.getfixturevalue("on_ray")
+    assert ask(on_ray.url, "alice", "POST", "/v1/label", json=label).status_code == 200
+    check_log(on_ray)
 
 
 def check_log(server):
