@@ -360,6 +360,7 @@ class VllmEngine:
         for answer in list(self._llm.engine_core.utility_results.values()):
             if not answer.done():
                 answer.set_exception(VllmDeadError())
+                answer.exception()  # seen: where nobody waits any more, nobody needs to hear of it
 
     async def close(self) -> None:
         """Stops the engine core and its worker."""
