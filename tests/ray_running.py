@@ -66,9 +66,13 @@ class RayServer(Client):
         time.sleep(_PUSHED_S)  # engines push their metrics every second
         return int(self.metric("sieve_tower_images"))
 
+    def log_text(self) -> str:
+        """The log so far."""
+        return self._log.read_text()
+
     def log_objects(self) -> list[dict[str, Any]]:
         """Lines of the log that are JSON objects, whatever Ray wrote before them."""
-        lines = [line[line.find("{") :] for line in self._log.read_text().splitlines()]
+        lines = [line[line.find("{") :] for line in self.log_text().splitlines()]
         found = []
         for line in lines:
             try:
