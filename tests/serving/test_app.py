@@ -104,7 +104,7 @@ BAD_CHATS = [
     ({"logprobs": True, "top_logprobs": 10**6}, 400, "top_logprobs"),
     ({"top_logprobs": 2}, 400, "top_logprobs"),
     ({"temperature": -1}, 400, "temperature"),
-    ({"stop": ["x"] * 10_000}, 400, "stop"),
+    ({"stop": ["x"] * 1_000}, 400, "stop"),
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, 400, "logit_bias"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
@@ -157,7 +157,7 @@ def schema(**root):
         {"$ref": "#"},
         {"type": "string", "pattern": "(a+)+b"},
         {"type": "string", "maxLength": 10**9},
-        {"enum": list(range(20_000))},
+        {"enum": list(range(2_000))},
         {"enum": list(range(200))},
         {
             "a": {
