@@ -22,23 +22,37 @@ async def held_stream(events: AsyncIterator[str], held: AsyncExitStack) -> Async
 
 
 async def begun_stream(events: AsyncIterator[str], failure: Failure) -> AsyncIterator[str]:
-    """VLLM's stream once its first event is there: what fails before it has a status of its own.
+    """VLLM's stream once its first text is there: what fails before it has a status of its own.
+
+    VLLM opens every choice with an event that only says who speaks, and with the first text at
+    hand; also where there is none.
 
     Raises:
-        SieveError: the first event says that the request failed; a later one raises where it is.
+        SieveError: the request failed before that; a later failure raises where it is.
     """
-    stream = _failing(events, failure)
+    stream, first = _failing(events, failure), list[str]()
     try:
-        first = await anext(stream, "data: [DONE]\n\n")
+        async for event in stream:
+            first.append(event)
+            if not _is_opening(event):
+                break
     except BaseException:
         await stream.aclose()
         raise
     return _resumed(first, stream)
 
 
-async def _resumed(first: str, stream: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+def _is_opening(event: str) -> bool:
+    if not event.startswith("data: {"):
+        return False
+    choices = json.loads(event.removeprefix("data: ")).get("choices", [])
+    return any("role" in choice["delta"] for choice in choices)
+
+
+async def _resumed(first: list[str], stream: AsyncGenerator[str, None]) -> AsyncIterator[str]:
     async with aclosing(stream):
-        yield first
+        for event in first:
+            yield event
         async for event in stream:
             yield event
 

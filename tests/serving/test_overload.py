@@ -305,13 +305,16 @@ async def test_a_further_pass_waits_for_the_queue_where_a_new_request_is_refused
         await persistently(ask, waits=True)
 
 
+OPENING = 'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}\n\n'
+
+
 async def test_a_stream_that_fails_at_once_is_an_error_and_closed_whatever_happens():
     closed = 0
 
     async def events(first):
         nonlocal closed
         try:
-            for event in (first, "data: {}\n\n", "data: [DONE]\n\n"):
+            for event in (OPENING, first, "data: {}\n\n", "data: [DONE]\n\n"):
                 yield event
         finally:
             closed += 1
@@ -324,7 +327,7 @@ async def test_a_stream_that_fails_at_once_is_an_error_and_closed_whatever_happe
         await begun_stream(events(error), failure)
     assert closed == 1
     stream = await begun_stream(events("data: {}\n\n"), failure)
-    assert len([event async for event in stream]) == 3
+    assert len([event async for event in stream]) == 4
     assert closed == 2
     stream = await begun_stream(events("data: {}\n\n"), failure)
     assert await anext(stream)
