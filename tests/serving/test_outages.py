@@ -20,7 +20,7 @@ from tests.pictures import data_url, noise
 from tests.running import Client, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_TIMEOUT_S = 5
+HANG_TIMEOUT_S = 10
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -61,7 +61,7 @@ class ServerProcess(Client):
         port, self._log = free_port(), folder / "log"
         self.url = f"http://127.0.0.1:{port}"
         flags = [f"--port={port}", f"--adapters={adapters}", "--max-num-seqs=4"]
-        flags += [f"--hang-timeout-s={HANG_TIMEOUT_S}", "--drain-s=60"]
+        flags += [f"--hang-timeout-s={HANG_TIMEOUT_S}", "--drain-s=240"]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving", *flags],
