@@ -35,7 +35,12 @@ class ProcessServer(Client):
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", **self._environment},
+                env={
+                    **os.environ,
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    **self._environment,
+                },
             )
         deadline = time.monotonic() + 240
         while not self._is_ready():

@@ -14,7 +14,7 @@ from typing import Any
 from bench.process_tree import descendants
 
 LEAKS = re.compile(
-    r"Traceback|site-packages|/(?:root|tmp|home|usr|opt|var|dev|proc)/|\.py\b|object at 0x"
+    r"Traceback|site-packages|/(?:root|tmp|home|usr|opt|var|dev|proc)/|, line \d|object at 0x"
     r"|sieve-[\w-]{16}|ray::|\bpid\b"
 )
 

@@ -22,6 +22,7 @@ from tests.serving.hostile_clients import Reply, engine_cores, send
 
 KEYS = {"user": "sieve-test-user-0123456789abcdef", "admin": "sieve-test-admin-0123456789abcde"}
 HASHES = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in KEYS.items()}
+MODEL = "llavac"
 CLIENT_TIMEOUT_S = 6
 JSON = {"content-type": "application/json"}
 _NUMBERS = itertools.count()
@@ -69,7 +70,7 @@ def _started(home: str, log: Path, settings: dict[str, Any]) -> Iterator[Any]:
 def good(server: Any) -> Reply:
     """A label that no cache has seen."""
     number = next(_NUMBERS)
-    body = {"image": data_url(noise(number)), "text": f"good {number}", "model": "llavac"}
+    body = {"image": data_url(noise(number)), "text": f"good {number}", "model": MODEL}
     return post(server, "/v1/label", body)
 
 
