@@ -26,6 +26,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""A list of texts whose first bad item is complaint enough."""
+
+
 class RetentionFields(Strict):
     """Fields of ours that both endpoints take."""
 
@@ -42,7 +46,7 @@ class RetentionFields(Strict):
 class LabelRequest(RetentionFields):
     """Body of `POST /v1/label`."""
 
-    image: str | list[str] | None = Field(
+    image: str | Texts | None = Field(
         None, description="a base64 data URL, or several; may be missing"
     )
     text: str = ""
@@ -222,7 +226,7 @@ class ChatRequest(RetentionFields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     response_format: ResponseFormat | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[str, Field(max_length=256)] | list[str] | None = None
+    stop: Annotated[str, Field(max_length=256)] | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
