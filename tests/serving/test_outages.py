@@ -21,8 +21,9 @@ from tests.running import Client, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG_TIMEOUT_S = 10
+START_TIMEOUT_S = 900
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S)
 
 
 def command_of(pid):
@@ -69,6 +70,7 @@ class ServerProcess(Client):
                 stdout=log,
                 stderr=log,
                 env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", **os.environ},
+                start_new_session=True,
             )
 
     @property
@@ -82,7 +84,7 @@ class ServerProcess(Client):
             return False
 
     def until_ready(self):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not self.is_ready():
             assert self.process.poll() is None, self.log[-3000:]
             assert time.monotonic() < deadline, self.log[-3000:]
@@ -92,8 +94,9 @@ class ServerProcess(Client):
         return Family(self.process.pid)
 
     def end(self):
+        """Whatever state a test left it in."""
         if self.process.poll() is None:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
