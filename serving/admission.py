@@ -89,9 +89,9 @@ class Admission:
             if declared.isdigit() and len(declared) <= 18:
                 self._room.check(int(declared))
         except SieveError as error:
-            answer = respond(error, scope, self._metrics)
-            answer.headers["Connection"] = "close"  # the body is not worth reading
-            await answer(scope, receive, send)
+            # The connection stays: closed on a body that still comes in, its client would hear of
+            # a broken connection and not of this. Uvicorn throws the rest of the body away.
+            await respond(error, scope, self._metrics)(scope, receive, send)
             return
 
         async def received() -> Message:
