@@ -42,7 +42,7 @@ class ProcessServer(Client):
                     **self._environment,
                 },
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while not self._is_ready():
             assert self._process.poll() is None, self.log()[-3000:]
             assert time.monotonic() < deadline, self.log()[-3000:]
