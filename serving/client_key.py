@@ -1,4 +1,4 @@
-"""The key that our own clients send: that of the environment, never a flag, which `ps` would show."""
+"""The key that our own clients send: from the environment, never a flag, which `ps` would show."""
 
 from __future__ import annotations
 
