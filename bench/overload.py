@@ -150,6 +150,7 @@ def _server(options: argparse.Namespace) -> Server:
         arguments=[
             *("-m", "serving", f"--port={port}", "--no-prefix-caching"),
             f"--request-timeout-s={options.deadline}",
+            "--image-cache-gib=0.1",  # it would fill up meanwhile, and look like a leak
             *limits,
             *ray,
         ],

@@ -410,6 +410,7 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_queued_tokens=_most_queued(settings),
+        mm_processor_cache_gb=settings.image_cache_gib,
         limit_mm_per_prompt={"image": settings.max_images},
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         gpu_memory_utilization=settings.gpu_memory,

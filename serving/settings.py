@@ -113,6 +113,12 @@ class Settings(BaseSettings):
     kv_cache_gib: int = Field(
         1, gt=0, description="KV cache in whole GiB, on CPU (a GPU uses --gpu-memory)"
     )
+    image_cache_gib: float = Field(
+        1.0,
+        ge=0,
+        description="processed images that an engine keeps for requests that send them again, in "
+        "GiB of ordinary memory",
+    )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tower_batch_size: int = Field(8, gt=0, description="most images in one call of the tower")
     prefix_caching: bool = Field(True, description="reuse the KV of equal prompts")
