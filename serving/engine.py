@@ -13,6 +13,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -239,13 +240,17 @@ class VllmEngine:
             await held.enter_async_context(self._serving(call.adapter))
             if call.adapter is not None:
                 self._models.lora_requests[call.adapter.key] = self._lora_request(call.adapter)
+            # VLLM's types know no message of images alone; the app has checked them all.
+            messages = body.pop("messages")
             request = ChatCompletionRequest(
                 **body,
+                messages=[],
                 cache_salt=call.cache_salt,
                 request_id=call.request_id,
                 mm_processor_kwargs=call.retention.processor_kwargs(),
                 add_special_tokens=self._adds_bos,
             )
+            request.messages = list(messages)
             answer = await persistently(functools.partial(self._chatted, request), waits=False)
             if request.stream:  # the adapter stays in use until the last event
                 events = answer if call.pattern is None else without_leading_space(answer)
@@ -269,7 +274,7 @@ class VllmEngine:
     def _failure(self, code: int, message: str, param: str | None) -> SieveError:
         """What a client is told of a request that vLLM did not answer."""
         if code < 500:
-            return BadRequestError(message, param=param)
+            return BadRequestError(first_line(message), param=param)
         if self._llm.errored:
             return EngineDeadError(ENGINE_STOPPED)
         if code == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -547,6 +552,11 @@ def _read_output(output: Any) -> Generated:
     )
 
 
+def first_line(message: str) -> str:
+    """What of a message is for clients: further lines are of the inside, as are addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", message.split("\n", 1)[0])[:500]
+
+
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """VLLM's and pydantic's complaints about a request, as ours."""
@@ -562,4 +572,5 @@ def translated_errors() -> Iterator[None]:
     except GracefulHTTPError as error:
         raise OverloadedError(f"the server is at its limit: {error}; try again shortly") from error
     except (VLLMClientError, ValueError) as error:
-        raise BadRequestError(str(error), param=getattr(error, "parameter", None)) from error
+        param = getattr(error, "parameter", None)
+        raise BadRequestError(first_line(str(error)), param=param) from error

@@ -94,6 +94,13 @@ class UnfetchableImageError(SieveError):
     code = "image_unfetchable"
 
 
+class ClientLeftError(SieveError):
+    """Its client left (499, in logs and metrics; nobody reads it)."""
+
+    status = 499
+    code = "client_left"
+
+
 class OverloadedError(SieveError):
     """Too much queued; may be tried again (503 with Retry-After)."""
 

@@ -237,8 +237,9 @@ class ChatRequest(RetentionFields):
     @field_validator("stop")
     @classmethod
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and (len(value) > 16 or any(len(s) > 256 for s in value)):
-            raise ValueError("at most 16 stop strings of at most 256 characters")
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > 16 or not all(1 <= len(stop) <= 256 for stop in stops):
+            raise ValueError("at most 16 stop strings of 1 to 256 characters")
         return value
 
     @property

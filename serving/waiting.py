@@ -8,12 +8,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from prometheus_client import Gauge
 
-from serving.errors import DeadlineError, OverloadedError
+from serving.errors import ClientLeftError, DeadlineError, OverloadedError
 from serving.pace import Pace, retry_after
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ async def until_answered(request: Request, deadline: Deadline, work: Awaitable[T
     """Awaits work, or cancels it as soon as the client leaves or the deadline passes.
 
     Raises:
-        asyncio.CancelledError: the client left; nobody waits for an answer.
+        ClientLeftError: the client left; nobody waits for an answer.
         DeadlineError: it took too long.
     """
     task = asyncio.ensure_future(work)
@@ -132,12 +132,19 @@ async def until_answered(request: Request, deadline: Deadline, work: Awaitable[T
         if task.done():
             return task.result()
         if leaving.done():
-            raise asyncio.CancelledError("client disconnected")
+            raise ClientLeftError("the client left")
         raise deadline.error()
     finally:
         leaving.cancel()
         if not task.done():
+            task.add_done_callback(_told)  # what it says when it is cancelled is for nobody
             task.cancel()
+
+
+def _told(task: asyncio.Future[Any]) -> None:
+    """Takes note of an exception, which asyncio would log otherwise."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _disconnected(request: Request) -> None:
