@@ -361,6 +361,10 @@ def _fine() -> frozenset[int]:
     return frozenset({200, 400})
 
 
+BEYOND = {str(number): 100.0 for number in range(1_185, 1_216)}
+"""Wanted above all: the rows of the demo that its tokenizer has no token for, as LLaVA has some."""
+
+
 def _odd() -> Iterator[BadRequest]:
     """What is unusual and may be right: a correct 200 or a clear 400."""
     for name, make in ODD.items():
@@ -383,6 +387,13 @@ def _odd() -> Iterator[BadRequest]:
     yield _chat("only-assistant", {"messages": [{"role": "assistant", "content": "x"}]}, "", "",
                 200, 400)  # fmt: skip
     yield _chat("eight-answers", {"n": 8, "temperature": 1}, "", "", 200)
+    # The model has rows that the tokenizer has no token for: the highest ids among them.
+    for name, more in {"": {}, "-streamed": {"stream": True}}.items():
+        beyond = {"logprobs": True, "top_logprobs": 20, "temperature": 2, "max_tokens": 64, **more}
+        yield _chat(
+            f"many-logprobs{name}", {**beyond, "n": 8, "logit_bias": {"2": -100}}, "", "", 200
+        )
+        yield _chat(f"ids-without-tokens{name}", {**beyond, "logit_bias": BEYOND}, "", "", 200, 400)
     yield _chat("line-breaks", _turns(_shown(_broken_lines(url))), "", "", 200)
 
 

@@ -34,6 +34,7 @@ def apply() -> None:
         lora_rows_on_cpu()
     bounded_grammars()
     grammars_without_queue()
+    ids_without_tokens()
     end_with_parent()
 
 
@@ -112,6 +113,35 @@ def grammars_without_queue() -> None:
 
     grammar_init._sieve_direct = True  # type: ignore[attr-defined]
     manager.grammar_init = grammar_init
+
+
+def ids_without_tokens() -> None:
+    """A chat with `logprobs` ends the engine, by chance or on purpose.
+
+    Symptom: TypeError in `output_handler`, and every request fails: the engine is dead.
+    Mechanism: LLaVA's checkpoints have more rows than their tokenizer has tokens (32,064 for
+    32,002). `detokenizer_utils.convert_ids_list_to_tokens` (0.32.0) spells the ids of log-
+    probabilities, and `_restore_leading_spaces` iterates over the None that such an id has, for
+    tokenizers with a Metaspace pre-tokenizer. It is enough that one is among the top ones, or that
+    `logit_bias` asks for it.
+    Remove when: upstream spells an id without a token as nothing, as it does in prompts.
+
+    Raises:
+        RuntimeError: upstream's function changed.
+    """
+    from vllm.tokenizers import detokenizer_utils
+
+    upstream = detokenizer_utils._restore_leading_spaces
+    if getattr(upstream, "_sieve_none", False):
+        return
+    _expect(upstream, ["raw_token", "token_str", "marker"])
+
+    @functools.wraps(upstream)
+    def restore(raw_token: str | None, token_str: str, marker: str) -> str:
+        return upstream(raw_token or "", token_str, marker)
+
+    restore._sieve_none = True  # type: ignore[attr-defined]
+    detokenizer_utils._restore_leading_spaces = restore
 
 
 def _expect(function: Callable[..., object], parameters: list[str]) -> None:

@@ -12,11 +12,13 @@ import pytest
 from bench import fuzz, fuzz_files
 from bench.__main__ import main
 from bench.bad_pictures import BROKEN, FORMATS, ODD, small
+from bench.bad_requests import BEYOND
 from bench.fuzz_files import DECODED, FAILED, REFUSED, file_of
 from bench.fuzz_files import fuzz_files as fuzzed_files
 from bench.mutations import changed, damaged
 from serving.errors import BadRequestError
 from serving.images import ImageLimits, decode_image
+from serving.settings import DEMO
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -119,3 +121,9 @@ def test_a_failure_is_printed_with_its_input_and_ends_with_1(monkeypatch, capsys
     monkeypatch.setattr(fuzz, "fuzz_bodies", none)
     assert main(["fuzz", "--seconds", "1"]) == 1
     assert "YWJj" in capsys.readouterr().out
+
+
+def test_ids_beyond_the_tokenizer_are_those_of_the_demo(demo_tokenizer):
+    config = json.loads((DEMO / "base" / "config.json").read_text())
+    ids = range(len(demo_tokenizer), config["text_config"]["vocab_size"])
+    assert list(BEYOND) == list(map(str, ids))
