@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,13 +72,20 @@ class Admission:
         turnstile: knows how many are pending.
         room: for bodies.
         metrics: counts refusals.
+        check_up: raises where it is known that no engine would answer.
     """
 
     def __init__(
-        self, app: ASGIApp, *, turnstile: Turnstile, room: BodyRoom, metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        turnstile: Turnstile,
+        room: BodyRoom,
+        metrics: Metrics,
+        check_up: Callable[[], None] | None = None,
     ) -> None:
         self._app, self._turnstile, self._room = app, turnstile, room
-        self._metrics = metrics
+        self._metrics, self._check_up = metrics, check_up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or refuses it."""
@@ -85,6 +94,8 @@ class Admission:
             return
         declared, held = dict(scope["headers"]).get(b"content-length", b""), 0
         try:
+            if self._check_up is not None:
+                self._check_up()
             self._turnstile.check()
             if declared.isdigit() and len(declared) <= 18:
                 self._room.check(int(declared))

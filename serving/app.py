@@ -76,6 +76,7 @@ def build_app(
     is_behind_proxy: bool = False,
     remote: RemoteImages | None = None,
     drain: Drain | None = None,
+    check_up: Callable[[], None] | None = None,
     decoder: Decoder | None = None,
 ) -> FastAPI:
     """The server's HTTP surface over a labeler and its engine.
@@ -90,6 +91,7 @@ def build_app(
         is_behind_proxy: whether Ray Serve's proxy gives answers their request id.
         remote: fetches images of URLs; by default from the hosts that the settings allow.
         drain: refuses new requests when the server ends.
+        check_up: raises where it is known at once that no engine would answer.
         decoder: of images; by default threads of this process, for tests and trusted clients.
     """
     app = FastAPI(
@@ -114,7 +116,9 @@ def build_app(
         patience_s=settings.request_timeout_s / 2,
     )
     room = BodyRoom(settings.max_pending_bytes, metrics.pending_bytes)
-    app.add_middleware(Admission, turnstile=turnstile, room=room, metrics=metrics)
+    app.add_middleware(
+        Admission, turnstile=turnstile, room=room, metrics=metrics, check_up=check_up
+    )
     app.add_middleware(PlainPaths, metrics=metrics)
     _add_key_gate(app, settings, metrics)
     app.add_middleware(DrainGate, drain=drain or Drain(settings.drain_s))

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -72,12 +73,14 @@ class ProcessFamily:
         self._cores = list(cores)
         self._known: set[LiveProcess] = set()
         self._segments: set[Path] = set()
+        self._has_tracker = False
         self.look()
 
     def look(self) -> None:
         """Notes who belongs to it now: of a core that is gone nobody knows the children."""
         pids = [core.pid for core in self._cores if core.pid is not None]
         pids += [child for pid in pids for child in descendants(pid)]
+        self._has_tracker |= any(map(_tracks, pids))
         found = {process for pid in pids if (process := seen(pid)) and not _tracks(pid)}
         self._known |= found
         ours = _shared_memory(os.getpid())
@@ -110,7 +113,15 @@ class ProcessFamily:
         if self.pids:
             logger.error("engine processes %s do not end even after SIGKILL", self.pids)
         for segment in self._segments:
-            segment.unlink(missing_ok=True)
+            self._remove(segment)
+
+    def _remove(self, segment: Path) -> None:
+        try:
+            segment.unlink()
+        except FileNotFoundError:
+            return
+        if not self._has_tracker:  # then ours holds it for a leak that it is to clean up
+            resource_tracker.unregister(f"/{segment.name}", "shared_memory")
 
 
 def _tracks(pid: int) -> bool:

@@ -252,6 +252,7 @@ async def running_app(
         ) as labeler,
     ):
         engine = labeler.engine
+        assert isinstance(engine, WatchedEngine)
         await decoder.started()
 
         async def scrape() -> bytes:
@@ -272,6 +273,7 @@ async def running_app(
                     adapters=registry,
                     scrape=scrape,
                     drain=drain,
+                    check_up=engine.check_up,
                     decoder=decoder,
                 ),
                 labeler,

@@ -251,6 +251,10 @@ class WatchedEngine:
         """Raises `EngineRestartingError` while no engine answers."""
         await self.engine.check_health()
 
+    def check_up(self) -> None:
+        """Raises `EngineRestartingError` while no engine answers; asks nobody."""
+        _ = self.engine
+
     async def close(self) -> None:
         """Stops watching, then the engine."""
         self.watching.cancel()

@@ -1,5 +1,6 @@
 """The real server whose engine is killed or stopped, and which then ends: one start for all."""
 
+import itertools
 import json
 import os
 import shutil
@@ -146,6 +147,7 @@ class Crowd:
         self._server, self._stop = server, threading.Event()
         self._pool = ThreadPoolExecutor(size)
         self.answers, self.health = [], []
+        self._numbers = itertools.count(1000)  # one that two engines were lost on is refused
         self._asking = [self._pool.submit(self._ask, number) for number in range(size)]
 
     def _ask(self, number):
@@ -155,7 +157,7 @@ class Crowd:
                     self.health.append(client.get("/healthz").status_code)
                     time.sleep(0.1)
                     continue
-                answer = client.post("/v1/label", json=question(number))
+                answer = client.post("/v1/label", json=question(next(self._numbers)))
                 self.answers.append(answer)
                 if answer.status_code != 200:
                     time.sleep(0.2)
@@ -168,7 +170,7 @@ class Crowd:
 
 
 def strike(server, how):
-    """Does something to the engine under load; returns the errors that clients saw."""
+    """Does something to the engine under load: clients are told, and it is as it was."""
     family, restarts = server.family(), server.metric("sieve_engine_restarts_total")
     crowd = Crowd(server, 7)
     while sum(answer.status_code == 200 for answer in crowd.answers) < 12:
@@ -190,12 +192,13 @@ def strike(server, how):
     assert family.left() == []
     assert set(crowd.health) == {200}
     failed = [answer for answer in crowd.answers if answer.status_code != 200]
+    codes = {answer.json()["error"]["code"] for answer in failed}
     for answer in failed:
         assert answer.status_code == 503, answer.text
-        assert answer.json()["error"]["code"] == "engine_restarting"
         assert int(answer.headers["retry-after"]) >= 1
-    assert failed
-    return failed
+    # A machine that is short of processors may not decode pictures in time beside a start.
+    assert "engine_restarting" in codes
+    assert codes <= {"engine_restarting", "overloaded"}
 
 
 def test_a_killed_core_costs_nothing_but_time_and_its_adapters_are_as_they_were(server):
@@ -275,5 +278,6 @@ def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_no
         streaming.result()
     assert streamed[-2] == "data: [DONE]"
     assert not any("error" in line for line in streamed)
-    assert server.process.wait(timeout=120) == 0, server.log[-3000:]
+    assert server.process.wait(timeout=START_TIMEOUT_S) == 0, server.log[-3000:]
     assert family.left() == []
+    assert "leaked shared_memory" not in server.log
