@@ -161,6 +161,7 @@ async def test_a_dead_engine_is_replaced_with_its_adapters_and_answers_again(kep
     starts.engines[0].die()
     await up_again(watched, starts)
     assert await watched.generate(ASK) == "r"
+    watched.check_up()
     assert starts.again == [False, True]
     assert starts.engines[0].is_closed
     await until(lambda: starts.followed == [starts.engines[1]])
@@ -191,6 +192,8 @@ async def test_what_was_inside_and_what_comes_meanwhile_may_come_again_when_it_i
         assert isinstance(outcome, EngineRestartingError)
         assert 40 <= outcome.retry_after_s <= 42
         assert (outcome.status, outcome.code) == (503, "engine_restarting")
+    with pytest.raises(EngineRestartingError):
+        watched.check_up()
     for ask in (watched.generate(ASK), watched.check_health(), watched.tower_images()):
         with pytest.raises(EngineRestartingError):
             await ask
