@@ -84,8 +84,8 @@ class Settings(BaseSettings):
     image_workers: int | None = Field(
         None,
         ge=0,
-        description="processes that decode images; by default a core less than the machine has, at "
-        "least 1. 0 decodes in a thread of the server, without a deadline: not for images of "
+        description="processes that decode images; by default a core less than the machine has, 1 "
+        "to 8. 0 decodes in a thread of the server, without a deadline: not for images of "
         "strangers",
     )
     image_timeout: float = Field(
@@ -244,7 +244,7 @@ class Settings(BaseSettings):
         """Processes that decode images."""
         if self.image_workers is not None:
             return self.image_workers
-        return max(1, len(os.sched_getaffinity(0)) - 1)
+        return min(8, max(1, len(os.sched_getaffinity(0)) - 1))
 
     @property
     def sieve(self) -> SieveConfig:
