@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.outcome import BenchError
@@ -40,22 +41,26 @@ class Usage:
         descriptors: open files, sockets and pipes.
         threads: of all of them.
         processes: how many there are.
+        rss_each: resident bytes of each, by its id.
     """
 
     rss: int
     descriptors: int
     threads: int
     processes: int
+    rss_each: Mapping[int, int] = field(default_factory=dict)
 
 
 def usage(pid: int) -> Usage:
     """What a process and its descendants hold."""
-    found = [each for pid in [pid, *descendants(pid)] if (each := _usage_of(pid)) is not None]
+    tried = {each: _usage_of(each) for each in [pid, *descendants(pid)]}
+    found = {each: values for each, values in tried.items() if values is not None}
     return Usage(
-        rss=sum(rss for rss, _, _ in found),
-        descriptors=sum(descriptors for _, descriptors, _ in found),
-        threads=sum(threads for _, _, threads in found),
+        rss=sum(rss for rss, _, _ in found.values()),
+        descriptors=sum(descriptors for _, descriptors, _ in found.values()),
+        threads=sum(threads for _, _, threads in found.values()),
         processes=len(found),
+        rss_each={each: rss for each, (rss, _, _) in found.items()},
     )
 
 

@@ -10,6 +10,8 @@ chats), with among them
 while a new version of an adapter takes over every so often and the oldest folder goes. Resident
 memory, open descriptors and threads of the server's processes are read every five seconds.
 
+Before that every block of the KV cache is written once: its pages count as memory from then on.
+
 Goal: no unexplained failure, a memory slope whose interval holds zero, descriptors and threads as
 they were. Ends with 1 where a failure is unexplained.
 """
@@ -21,6 +23,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -34,6 +37,7 @@ import numpy as np
 from bench.answers import BROKEN, CONNECTION, FAILED, OK, REFUSED
 from bench.arrivals import Arrival
 from bench.bad_requests import BAD, BASE, BadRequest
+from bench.contest import make_text
 from bench.drills import write_turned_adapter
 from bench.load import TIMEOUT_S, Load
 from bench.outcome import Outcome, positive, progress
@@ -176,6 +180,7 @@ async def _soak(url: str, pid: int, adapters: Path, options: argparse.Namespace)
     async with httpx.AsyncClient(
         base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False
     ) as client:
+        await _fill_kv_cache(client, options.seed)
         capacity = await _capacity(client, options)
         rate = options.share * capacity
         progress(f"capacity {capacity:.1f}/s; {options.minutes:g} minutes at {rate:.1f}/s ...")
@@ -208,6 +213,32 @@ async def _soak(url: str, pid: int, adapters: Path, options: argparse.Namespace)
             usages=usages,
             left_over=await _left_over(client),
         )
+
+
+async def _fill_kv_cache(client: httpx.AsyncClient, seed: int) -> None:
+    """Long posts that no cache has seen, until they have as many tokens as the KV cache."""
+    info = next(
+        line
+        for line in (await client.get("/metrics")).text.splitlines()
+        if line.startswith("vllm:cache_config_info{")
+    )
+    num_blocks, block_size = (
+        int(re.search(rf'[{{,]{name}="(\d+)"', info)[1])  # type: ignore[index]
+        for name in ("num_gpu_blocks", "block_size")
+    )
+    left, numbers = 1.05 * num_blocks * block_size, itertools.count()
+    progress(f"writing the {num_blocks} blocks of the KV cache ...")
+
+    async def ask() -> None:
+        nonlocal left
+        while left > 0:
+            number = next(numbers)
+            text = " ".join(make_text(seed, 1_000_000 + 150 * number + i) for i in range(130))
+            answer = await client.post("/v1/label", json={"text": text})
+            answer.raise_for_status()
+            left -= answer.json()["usage"]["prompt_tokens"]
+
+    await asyncio.gather(*(ask() for _ in range(4)))
 
 
 async def _capacity(client: httpx.AsyncClient, options: argparse.Namespace) -> float:
@@ -294,6 +325,7 @@ def summarise(run: Run, options: argparse.Namespace) -> Outcome:
         ["still worked on 10 s later", run.left_over],
         ["memory slope, MiB/h [95 %]", memory],
         ["memory, MiB, first and last", _first_last(busy, "rss", _MIB)],
+        ["grown by process, MiB", _grown(busy)],
         ["descriptors, first and last", _first_last(busy, "descriptors")],
         ["threads, first and last", _first_last(busy, "threads")],
         ["processes, first and last", _first_last(busy, "processes")],
@@ -326,6 +358,13 @@ def _first_last(usages: list[tuple[float, Usage]], name: str, unit: int = 1) -> 
     values = [getattr(each, name) / unit for _, each in usages]
     fifth = max(1, len(values) // 5)
     return f"{np.median(values[:fifth]):.0f}, {np.median(values[-fifth:]):.0f}"
+
+
+def _grown(usages: list[tuple[float, Usage]]) -> str:
+    """Of processes that were there all the time, the largest growth first."""
+    first, last = usages[0][1].rss_each, usages[-1][1].rss_each
+    grown = sorted(((last[pid] - first[pid]) / _MIB for pid in first if pid in last), reverse=True)
+    return ", ".join(f"{each:+.0f}" for each in grown)
 
 
 def _notes(run: Run, memory: Slope) -> list[str]:

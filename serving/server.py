@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import sys
 import time
@@ -326,6 +327,9 @@ def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config
         access_log=False,  # ours has no query, in which a key may stand by mistake
         lifespan="off",
         http=connection_class(settings.client_timeout_s),
+        # Longer than clients keep idle connections (httpx, so OpenAI's: 5 s, Uvicorn's default):
+        # who closes first while the other sends breaks a request.
+        timeout_keep_alive=math.ceil(settings.client_timeout_s),
         ws="none",
         **more,
     )

@@ -258,6 +258,15 @@ def test_two_requests_on_one_connection_are_answered_in_order(server):
     assert answers.index("first") < answers.index("second")
 
 
+def test_an_idle_connection_outlives_what_clients_keep(own_server):
+    """Five seconds in httpx, so in OpenAI's client: who closes first breaks a request."""
+    with Raw(own_server.url) as client:
+        for _ in range(2):
+            client.send(head("GET", "/healthz"))
+            assert client.some().startswith(b"HTTP/1.1 200")
+            time.sleep(5.4)
+
+
 def is_idle(server):
     running = metric(server, "vllm:num_requests_running")
     return running == 0 and metric(server, "sieve_pending_requests") == 0
