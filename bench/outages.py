@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -54,7 +55,9 @@ from bench.statistics import Sample
 
 PARTS = ("kill", "worker", "hang", "drain")
 _LOOK_S = 0.1
-_RECOVERY_TIMEOUT_S = 180.0
+_RECOVERY_TIMEOUT_S = 600.0
+_KEPT_ALIVE_S = 2.0
+"""Less than the server keeps idle connections: else some are closed as a request is on its way."""
 _MOST_LAG_S = 0.25
 _RETRYABLE_EVENTS = ("engine_restarting", "draining")
 
@@ -139,6 +142,10 @@ def run(options: argparse.Namespace) -> Outcome:
             for index, part in enumerate(name for name in PARTS if name in options.parts):
                 runs.append(asyncio.run(_one_part(part, server, pid, options, index)))
                 progress(_line(runs[-1]))
+                if runs[-1].over_s is None:
+                    log = (folder / "demo.log").read_text(errors="replace")
+                    progress(f"{part}: the server is not up again, its log ends:\n{log[-4000:]}")
+                    break
     except KeyboardInterrupt:
         if not runs:
             raise
@@ -164,7 +171,7 @@ async def _one_part(
     part: str, server: Server, pid: int, options: argparse.Namespace, index: int
 ) -> Run:
     progress(f"{part}: load for {options.before} s ...")
-    limits = httpx.Limits(max_connections=options.in_flight + 10)
+    limits = httpx.Limits(max_connections=options.in_flight + 10, keepalive_expiry=_KEPT_ALIVE_S)
     async with httpx.AsyncClient(
         base_url=server.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
     ) as client:
@@ -356,8 +363,9 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _health(each: Run) -> str:
-    end = each.over_s if each.part == "drain" else None
-    looks = [look for look in each.looks if end is None or look.at_s < end - 2 * _LOOK_S]
+    looks = each.looks
+    if each.part == "drain":  # nobody listens in the end
+        looks = list(itertools.dropwhile(lambda look: look.health_ms is None, looks[::-1]))
     answered = [look.health_ms for look in looks if look.health_ms is not None]
     slowest = f", the slowest after {max(answered):.0f} ms" if answered else ""
     return f"/healthz green {len(answered)} of {len(looks)} times{slowest}"

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import time
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,6 +27,9 @@ logger = logging.getLogger("sieve")
 _ALWAYS_ANSWERED = ("/healthz", "/metrics")
 _NOT_COUNTED = ("/readyz",)
 _LAST_WORDS_S = 2.0
+_LINGER_S = 1.0
+"""It listens so long even if nobody is inside: those who are just connecting are told as well."""
+_DISCARD_S = 5.0
 _MOST_RETRY_AFTER_S = 5
 
 
@@ -64,6 +68,7 @@ class Drain:
         logger.warning(
             "draining: %d accepted requests have %g s", self.num_inside, self.remaining_s
         )
+        await self._left.until(lambda: self.is_over, min(_LINGER_S, self._limit_s))
         if not await self._left.until(lambda: not self._inside, self.remaining_s):
             logger.warning("draining: %d requests were not answered in time", self.num_inside)
             self.cut()
@@ -121,6 +126,7 @@ class DrainGate:
         if scope["type"] != "http" or scope["path"] in _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
         elif self._drain.is_on:
+            await _discard_body(receive)
             await self._refusal()(scope, receive, send)
         elif scope["path"] in _NOT_COUNTED:
             await self._app(scope, receive, send)
@@ -153,6 +159,14 @@ class DrainGate:
         error = self._drain.error()
         headers = {"Retry-After": str(error.retry_after_s), "Connection": "close"}
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _discard_body(receive: Receive) -> None:
+    """Closed on a body that still comes in, a client hears of a broken connection and no more."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 class _Answer:

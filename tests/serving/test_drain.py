@@ -141,7 +141,31 @@ async def test_a_second_signal_ends_at_once():
         await scene.task
 
 
-async def test_a_server_with_nobody_inside_ends_at_once():
+async def test_one_that_still_sends_its_body_hears_that_the_server_ends():
+    async with served(60) as scene:
+        asked = asyncio.create_task(scene.client.get("/slow"))
+        await scene.until_inside(1)
+        scene.server.stop()
+
+        async def body():
+            for _ in range(20):
+                yield b"x" * 500_000
+                await asyncio.sleep(0.01)
+
+        answer = await scene.client.post("/v1/label", content=body())
+        assert (answer.status_code, answer.headers["connection"]) == (503, "close")
+        scene.app.state.may_end.set()
+        await asked
+
+
+async def test_who_connects_just_as_an_idle_server_ends_is_told_so():
+    async with served(60) as scene:
+        scene.server.stop()
+        await asyncio.sleep(0)
+        assert (await scene.client.get("/readyz")).json()["error"]["code"] == "draining"
+
+
+async def test_a_server_with_nobody_inside_ends_soon():
     async with served(600) as scene:
         await scene.client.get("/readyz")
         scene.server.stop()
