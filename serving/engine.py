@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import re
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -92,7 +93,7 @@ class VllmEngine:
         self._in_flight = 0
         self._processes = list(llm.engine_core.resources.engine_manager.processes)
         self._family = ProcessFamily(self._processes)
-        self._is_hung = False
+        self._is_hung, self._name = False, uuid.uuid4().hex
         self._was_killed: bool | None = None
 
     @classmethod
@@ -304,7 +305,7 @@ class VllmEngine:
                 async with self.adapters.in_use(adapter):
                     yield
         except EngineDeadError as error:
-            error.num_together = self._in_flight
+            error.num_together, error.engine = self._in_flight, self._name
             error.is_crash = not await asyncio.to_thread(self._was_ended_from_outside)
             if self._is_hung:  # somebody may have stopped it: being alone in it proves little
                 error.num_together = max(2, self._in_flight)

@@ -132,10 +132,12 @@ class EngineDeadError(SieveError):
         is_crash: the engine failed by itself, so a request it worked on may be the cause and must
             not be sent to another one; otherwise it may.
         num_together: requests that were in the engine with this one, itself included.
+        engine: which engine it was, so that one failure is told from the next.
     """
 
     is_crash = False
     num_together = 0
+    engine = ""
 
     status = 503
     type = "server_error"

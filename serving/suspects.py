@@ -31,6 +31,7 @@ class Suspects:
     def __init__(self, most: int = 1000, *, strikes_alone: int = 2) -> None:
         self._most, self._strikes_alone = most, strikes_alone
         self._failures: OrderedDict[str, int] = OrderedDict()
+        self._last: dict[str, str] = {}
         self._turn = asyncio.Lock()
 
     def check(self, request: Generation | ChatCall) -> None:
@@ -59,14 +60,21 @@ class Suspects:
             is_answered = not (isinstance(request, ChatCall) and request.body.get("stream"))
             if is_answered:  # a stream has only begun
                 self._failures.pop(mark, None)
+                self._last.pop(mark, None)
 
     def add(self, request: Generation | ChatCall, error: EngineDeadError) -> SieveError:
-        """Notes a failure; returns what the client is told."""
+        """Notes a failure; returns what the client is told.
+
+        The same question, asked several times at once, is struck once by one failure.
+        """
         mark = fingerprint(request)
         strikes = self._strikes_alone if error.num_together <= 1 else 1
+        if error.engine and self._last.get(mark) == error.engine:
+            strikes = 0
+        self._last[mark] = error.engine
         self._failures[mark] = self._failures.pop(mark, 0) + strikes
         while len(self._failures) > self._most:
-            self._failures.popitem(last=False)
+            self._last.pop(self._failures.popitem(last=False)[0], None)
         if self._failures[mark] >= 2:
             return _quarantined()
         told = EngineDeadError(

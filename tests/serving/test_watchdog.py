@@ -81,6 +81,7 @@ class MortalFake(FakeEngine):
         if self.ended.is_set():
             error = EngineDeadError("the engine stopped")
             error.is_crash, error.num_together = self.is_crash, self.inside
+            error.engine = str(id(self))
             raise error
 
     async def ping(self):
@@ -261,6 +262,19 @@ async def test_company_of_a_poison_is_answered_when_it_comes_again(kept):
     assert await watched.generate(ASK) == "r"
     with pytest.raises(BadRequestError):
         await watched.generate(POISON)
+
+
+async def test_the_same_question_many_times_in_one_failed_engine_is_suspected_once(kept):
+    starts = Starts()
+    watched = await kept(starts)
+    starts.engines[0].gate.clear()
+    asking = [asyncio.create_task(watched.generate(ASK)) for _ in range(5)]
+    await until(lambda: starts.engines[0].inside == 5)
+    starts.engines[0].die(is_crash=True)
+    for outcome in await asyncio.gather(*asking, return_exceptions=True):
+        assert isinstance(outcome, EngineRestartingError)
+    await up_again(watched, starts)
+    assert await asyncio.gather(*(watched.generate(ASK) for _ in range(5))) == ["r"] * 5
 
 
 async def test_an_engine_killed_from_outside_makes_no_request_suspect(kept):
