@@ -40,7 +40,7 @@ from bench.bad_requests import BAD, BASE, BadRequest
 from bench.contest import make_text
 from bench.drills import write_turned_adapter
 from bench.load import TIMEOUT_S, Load
-from bench.outcome import Outcome, positive, progress
+from bench.outcome import BenchError, Outcome, positive, progress
 from bench.process_tree import Usage, usage
 from bench.processes import Server, free_port, running
 from bench.statistics import Slope, slope
@@ -233,9 +233,10 @@ async def _fill_kv_cache(client: httpx.AsyncClient, seed: int) -> None:
         nonlocal left
         while left > 0:
             number = next(numbers)
-            text = " ".join(make_text(seed, 1_000_000 + 150 * number + i) for i in range(130))
+            text = " ".join(make_text(seed, 1_000_000 + 100 * number + i) for i in range(100))
             answer = await client.post("/v1/label", json={"text": text})
-            answer.raise_for_status()
+            if answer.status_code != 200:
+                raise BenchError(f"a long post was not labelled: {answer.text[:300]}")
             left -= answer.json()["usage"]["prompt_tokens"]
 
     await asyncio.gather(*(ask() for _ in range(4)))
