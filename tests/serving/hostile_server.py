@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from bench.bad_requests import BAD, UNUSUAL
 from bench.process_tree import usage
 from serving.settings import DEMO
 from tests.pictures import data_url, noise
@@ -25,6 +26,8 @@ HASHES = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in KEYS.i
 MODEL = "llavac"
 CLIENT_TIMEOUT_S = 6
 JSON = {"content-type": "application/json"}
+LARGEST = (BAD["body-70-mb"], BAD["label-big-image"], UNUSUAL["label-picture-4000x4000"])
+"""Sent before memory is noted: allocators keep what the largest body took, in every process."""
 _NUMBERS = itertools.count()
 
 
@@ -49,6 +52,9 @@ def hostile_server(home: str, folder: Path) -> Iterator[Any]:
         server.adapters_folder = folder / "adapters"
         for _ in range(20):
             assert good(server).status == 200
+        for request in (*LARGEST, *LARGEST):
+            headers = {**request.headers, **bearer()}
+            send(server.url, request.method, request.path, request.body(), headers)
         server.cores, server.before = engine_cores(server.pid), usage(server.pid)
         assert server.cores
         yield server
