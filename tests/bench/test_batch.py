@@ -144,7 +144,7 @@ async def test_requests_rendered_ahead_are_found_and_the_renderer_is_as_before_a
             return [{"rendered": prompts[0]["prompt_token_ids"]}]
 
     engine = SimpleNamespace(_llm=SimpleNamespace(renderer=Renderer()))
-    requests = [SimpleNamespace(prompt_ids=[i], images=[]) for i in range(3)]
+    requests = [SimpleNamespace(prompt_ids=[i], images=[], cache_salt=None) for i in range(3)]
     async with batch_limit.rendered_ahead(engine, requests):
         assert len(calls) == 3
         (found,) = await engine._llm.renderer.render_cmpl_async(
