@@ -56,6 +56,7 @@ from bench.statistics import Sample
 PARTS = ("kill", "worker", "hang", "drain")
 _LOOK_S = 0.1
 _RECOVERY_TIMEOUT_S = 600.0
+_BUSY, _BUSY_TIMEOUT_S = 12, 5.0
 _KEPT_ALIVE_S = 2.0
 """Less than the server keeps idle connections: else some are closed as a request is on its way."""
 _MOST_LAG_S = 0.25
@@ -184,7 +185,7 @@ async def _one_part(
             core = engine_core(pid)
             family = [core, *descendants(core)]
             load.volley(options.volley)
-            await asyncio.sleep(_LOOK_S)
+            await _until_busy(client, min(_BUSY, options.volley))
             note = f"struck with {load.loop.num_in_flight} requests in flight"
             struck_s = load.loop.now_s
             _strike(part, pid, core)
@@ -210,6 +211,17 @@ async def _one_part(
         looks=watch.looks,
         notes=[note],
     )
+
+
+async def _until_busy(client: httpx.AsyncClient, number: int) -> None:
+    """Waits until the server has accepted so many requests, or most were too quick for it."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        text = (await client.get("/metrics")).text
+        lines = [x for x in text.splitlines() if x.startswith("sieve_pending_requests ")]
+        if lines and float(lines[0].split()[1]) >= number:
+            return
+        await asyncio.sleep(0.01)
 
 
 def _strike(part: str, pid: int, core: int) -> None:
