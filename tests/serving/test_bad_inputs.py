@@ -336,7 +336,8 @@ def test_after_all_that_the_engine_is_the_same_and_memory_is_back(server):
     assert good(server).status == 200
     assert engine_cores(server.pid) == server.cores
     after = usage(server.pid)
-    assert after.rss - server.before.rss < 400 << 20, (server.before, after)
+    allowed = 50 << 20  # a process: allocators keep what a large request took in each of them
+    assert after.rss - server.before.rss < allowed * after.processes, (server.before, after)
     assert after.descriptors - server.before.descriptors < 40, (server.before, after)
     assert after.threads - server.before.threads < 20, (server.before, after)
 
