@@ -17,23 +17,21 @@ import argparse
 import asyncio
 import itertools
 import json
-import multiprocessing
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import numpy as np
 
 from bench.arrivals import Arrival, OpenLoop, arrivals
 from bench.contest import make_text
+from bench.health import HealthWatch
 from bench.outcome import BenchError, Outcome, positive, progress
 from bench.pictures import picture_url
 from bench.process_tree import usage
@@ -42,7 +40,6 @@ from bench.statistics import Sample
 
 OK, BUSY, FULL, DEADLINE, OTHER = "ok", "429", "503", "deadline", "other"
 _SIZE = (112, 112)
-_LOOK_S = 0.2
 _NUM_PICTURES = 3000
 """In turn; the server's cache of images has room for 700, least recently used out first."""
 _CALM_S = 3.0
@@ -227,7 +224,7 @@ def _loaded(
     phase = Phase(load=load, rate=rate)
     bodies = posts.block(int(1.3 * rate * options.seconds) + 50)  # encoded before the clock starts
     before = usage(pid).rss
-    with _Health(url) as health:
+    with HealthWatch(url) as health:
         asyncio.run(_send_all(url, phase, bodies, options))
     phase.health_ms = health.looks_ms
     time.sleep(_CALM_S)
@@ -280,39 +277,6 @@ def judged(status: int, said: str, text: str, seconds: float) -> Answer:
         return Answer(outcome=OTHER, seconds=seconds, detail=f"{status} {text[:200]}")
     outcome = BUSY if status == 429 else DEADLINE if "deadline_exceeded" in text else FULL
     return Answer(outcome=outcome, seconds=seconds, retry_after_s=int(said))
-
-
-class _Health:
-    """Asks /healthz from a process of its own: beside the generator it would time that."""
-
-    def __init__(self, url: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_watch_health, args=(url, theirs), daemon=True)
-        self.looks_ms: list[float] = []
-
-    def __enter__(self) -> _Health:
-        self._process.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pipe.send("stop")
-        self.looks_ms = self._pipe.recv()
-        self._process.join()
-
-
-def _watch_health(url: str, pipe: Connection) -> None:
-    looks_ms = []
-    with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-        while not pipe.poll(_LOOK_S):
-            started = time.perf_counter()
-            try:
-                is_green = client.get("/healthz").status_code == 200
-            except httpx.HTTPError:
-                is_green = False
-            ms = 1e3 * (time.perf_counter() - started)
-            looks_ms.append(ms if is_green else float("inf"))
-    pipe.send(looks_ms)
 
 
 def _line(phase: Phase) -> str:

@@ -1,10 +1,14 @@
 """`bench overload` and `bench checks`: what an answer counts as, and what their tables say."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 
 from bench import checks, overload
 from bench.__main__ import build_parser
+from bench.health import HealthWatch
 from bench.overload import BUSY, DEADLINE, FULL, OK, OTHER, Answer, Phase, judged
 from bench.statistics import Sample
 
@@ -68,3 +72,29 @@ def test_the_cost_of_checks_is_a_paired_ratio(slower, verdict):
     outcome = checks.summarise(samples, build_parser().parse_args(["checks"]))
     assert np.isclose(outcome.results["ratio"]["median"], 1 / slower)
     assert f"is {verdict}" in outcome.notes[0]
+
+
+def test_health_is_watched_from_a_process_of_its_own():
+    class Answer(BaseHTTPRequestHandler):
+        is_green = True
+
+        def do_GET(self):
+            self.send_response(200 if Answer.is_green else 503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            looked.release()
+
+        def log_message(self, *_):
+            pass
+
+    looked = threading.Semaphore(0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with HealthWatch(f"http://127.0.0.1:{server.server_port}") as health:
+            assert looked.acquire(timeout=30)
+            Answer.is_green = False
+            assert looked.acquire(timeout=30)
+            assert looked.acquire(timeout=30)
+        server.shutdown()
+    assert health.looks_ms[0] < float("inf")
+    assert health.looks_ms[-1] == float("inf")
