@@ -7,7 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-from bench import batch, faults, homes, ramp, server, shape, tower, training
+from bench import (
+    batch,
+    checks,
+    faults,
+    fuzz,
+    homes,
+    outages,
+    overload,
+    ramp,
+    server,
+    shape,
+    soak,
+    tower,
+    training,
+)
 from bench.environment import describe
 from bench.outcome import BenchError
 
@@ -20,6 +34,11 @@ COMMANDS = {
     "ray": homes,
     "faults": faults,
     "batch": batch,
+    "outages": outages,
+    "fuzz": fuzz,
+    "soak": soak,
+    "overload": overload,
+    "checks": checks,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -36,7 +55,12 @@ examples:
   python -m bench ramp --plot ramp.png        engines on Ray that follow a load
   python -m bench ray --parts home            the Ray home beside one process
   python -m bench faults --drills replica     what clients see when an engine is killed
+  python -m bench outages                     what clients see when the engine dies or hangs
   python -m bench batch --data posts.jsonl    batches beside the engine's limit and vLLM's run_batch
+  python -m bench fuzz --seconds 120          damaged images and bodies: answered or refused
+  python -m bench soak --minutes 20           what grows, what fails while all goes on at once
+  python -m bench overload                    who is answered at 1, 2 and 10 times capacity
+  python -m bench checks                      what keys, limits and image workers cost
   python -m bench shape --help                what a command measures, and its options
 """
 
@@ -68,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 when it measured, 2 for an argument that cannot be used.
+        0 when it measured, 1 when what it measured is a fault, 2 for an argument that cannot be
+        used.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -87,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json is not None:
         stored = {"environment": environment, **outcome.as_json()}
         options.json.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from serving.batch.job import Plan
 from serving.batch.live import LiveLabeler
 from serving.batch.options import BatchOptions
 from serving.batch.outcomes import Failure
-from serving.batch.prepare import Fitting, Prepared, Preparer
+from serving.batch.prepare import Prepared, Preparer
 from serving.batch.shards import RunFolder
 from serving.batch.work import CHUNK
+from serving.fitting import Fitting
 from serving.labeler import Labeler
 from serving.posts import Post
 from serving.prompts import encode, render_prompt

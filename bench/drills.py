@@ -19,7 +19,7 @@ from bench.answers import Answer
 from bench.outcome import BenchError
 from bench.pictures import picture_url
 from bench.poison import PHRASE
-from bench.process_tree import descendants, engine_core
+from bench.process_tree import descendants, engine_core, worker_of
 
 if TYPE_CHECKING:  # Ray is slow to import, and other commands do not need it
     from bench.two_nodes import RayHome
@@ -106,6 +106,16 @@ async def engine(scene: Scene) -> Strike:
     return Strike(killed=killed, notes=[note])
 
 
+async def hang(scene: Scene) -> Strike:
+    """SIGSTOP of a replica's worker: nothing ends, nothing answers."""
+    pid = await _an_engine(scene)
+    killed = _with_descendants(pid)
+    worker = worker_of(engine_core(pid))
+    note = await _when_busy(scene)
+    os.kill(worker, signal.SIGSTOP)
+    return Strike(killed=killed, notes=[note])
+
+
 async def node(scene: Scene) -> Strike:
     """SIGKILL of the raylet of the second node."""
     everything = ("Engine", "Ingress", "Coordinator")
@@ -175,6 +185,7 @@ async def poison(scene: Scene) -> Strike:
 DRILLS: dict[str, Drill] = {
     "replica": replica,
     "engine": engine,
+    "hang": hang,
     "poison": poison,
     "controller": controller,
     "adapter": adapter,

@@ -7,6 +7,7 @@ drills strike within a volley of twelve more, so that every engine has work to l
 
   replica     SIGKILL of an engine replica's process
   engine      SIGKILL of its engine core
+  hang        SIGSTOP of its worker: Serve sees nothing, its replica does after 10 s
   poison      a request that kills its engine from inside (SIGSEGV), sent until it is refused
   controller  SIGKILL of Serve's controller
   adapter     a new version of an adapter takes over while requests for it run
@@ -53,6 +54,7 @@ from bench.outcome import BenchError, Outcome, positive, progress
 from bench.process_tree import is_alive
 from bench.processes import free_port
 from bench.statistics import Sample
+from serving.client_key import bearer_headers
 from serving.cluster.settings import RayAppSettings
 from serving.settings import DEMO
 
@@ -121,6 +123,7 @@ def run(options: argparse.Namespace) -> Outcome:
             "replicas": str(options.replicas),
             "max_num_seqs": options.max_num_seqs,
             "port": free_port(),
+            "hang_timeout_s": 10.0,
         }
         settings = RayAppSettings(**chosen)
         with running_home(settings, options.node_cpus or options.replicas + 1) as home:
@@ -141,7 +144,11 @@ async def _all_drills(
     for index, name in enumerate(ordered * options.rounds):
         limits = httpx.Limits(max_connections=options.in_flight + 10)
         async with httpx.AsyncClient(
-            base_url=home.url, timeout=TIMEOUT_S, limits=limits, trust_env=False
+            base_url=home.url,
+            headers=bearer_headers(),
+            timeout=TIMEOUT_S,
+            limits=limits,
+            trust_env=False,
         ) as client:
             load = Load(
                 client,

@@ -33,6 +33,7 @@ from bench.processes import Server, free_port, running
 from bench.ray_load import cores_of, scaled
 from bench.statistics import Sample, by_variant, interleaved, median, paired_ratio
 from bench.stub_engine import SERVICE_MS
+from serving.client_key import bearer_headers
 
 GOAL = 0.85
 PARTS = ("home", "ingress", "replicas")
@@ -148,7 +149,7 @@ def _server(name: str, arguments: Sequence[str], **environment: str) -> Server:
 async def _timed(url: str, block: Sequence[tuple[str, Body]], concurrency: int) -> float:
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
-        base_url=url, timeout=600, limits=limits, trust_env=False
+        base_url=url, headers=bearer_headers(), timeout=600, limits=limits, trust_env=False
     ) as client:
         return await closed_loop(client, block, concurrency)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -30,14 +31,21 @@ class Load:
         rate: requests a second.
         seed: of times, kinds and posts.
         most_in_flight: see `OpenLoop`.
+        mixture: of kinds, by their weights.
     """
 
     def __init__(
-        self, client: httpx.AsyncClient, base: str, rate: float, seed: int, most_in_flight: int
+        self,
+        client: httpx.AsyncClient,
+        base: str,
+        rate: float,
+        seed: int,
+        most_in_flight: int,
+        mixture: Mapping[str, float] = MIXTURE,
     ) -> None:
         self._client, self._base, self._seed = client, base, seed
         self._pictures = [picture_url(seed, index, SIZE) for index in range(_NUM_PICTURES)]
-        self.loop = OpenLoop(arrivals(rate, MIXTURE, seed), self._send, most_in_flight)
+        self.loop = OpenLoop(arrivals(rate, mixture, seed), self._send, most_in_flight)
         self.answers: list[Answer] = []
         self.probes: list[tuple[int, dict[str, Any]]] = []
 

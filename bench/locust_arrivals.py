@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serving.client_key import bearer_headers
+
 COLUMNS = (
     *("number", "phase", "intended_s", "sent_s", "done_s"),
     *("status", "model", "ratio", "kept", "retry_after", "error"),
@@ -78,7 +80,7 @@ def main(folder: Path) -> int:
         def send(self, number: int) -> None:
             """One request."""
             sent_s = time.monotonic() - start
-            headers = {"Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json", **bearer_headers()}
             # Redirects are followed by default, which costs nothing; switching it off is not safe
             # with several greenlets.
             response = self.client.request(

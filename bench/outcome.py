@@ -27,6 +27,7 @@ class Outcome:
         settings: what the run was made with, for the JSON.
         results: the numbers of the table, for the JSON.
         samples: every timed call.
+        status: the command's exit status; not 0 where what was measured is a fault.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Outcome:
     settings: Mapping[str, object]
     results: Mapping[str, object]
     samples: Sequence[Sample]
+    status: int = 0
 
     def markdown(self) -> str:
         """Title, table and notes."""

@@ -54,8 +54,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(servers: Sequence[Server], logs: Path) -> Iterator[None]:
+def running(servers: Sequence[Server], logs: Path) -> Iterator[list[int]]:
     """Starts all servers, waits until every one is ready, and stops them with the block.
+
+    Yields:
+        Their process ids.
 
     Raises:
         BenchError: one ended or was not ready in time; names its log.
@@ -65,7 +68,7 @@ def running(servers: Sequence[Server], logs: Path) -> Iterator[None]:
         processes = [stack.enter_context(_process(server, logs)) for server in servers]
         for server, process in zip(servers, processes, strict=True):
             _wait_ready(server, process, logs)
-        yield
+        yield [process.pid for process in processes]
 
 
 def stop_on_termination(stack: contextlib.ExitStack) -> None:

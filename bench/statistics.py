@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 NUM_DRAWS = 4000
 
@@ -61,6 +62,57 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return Estimate(
         median=float(np.median(ratios)), low=float(low), high=float(high), num_rounds=ratios.size
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slope:
+    """How fast something grows.
+
+    Attributes:
+        value: of the line through the blocks' medians, per unit of x.
+        low: lower end of the bootstrap 95 % interval.
+        high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether no growth is within the interval."""
+        return self.low <= 0
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def slope(x: Sequence[float], y: Sequence[float], num_blocks: int = 20) -> Slope:
+    """The slope of a line through samples in time.
+
+    Neighbours in time are alike, so samples are put into blocks of equal length, and blocks, not
+    samples, are drawn with replacement for the interval.
+
+    Raises:
+        ValueError: fewer than three samples, or all at one x.
+    """
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    if xs.shape != ys.shape or xs.size < 3 or np.ptp(xs) == 0:
+        raise ValueError(f"{xs.size} samples at {np.unique(xs).size} places make no line")
+    blocks = np.array_split(np.argsort(xs), min(num_blocks, xs.size))
+    at = np.array([xs[block].mean() for block in blocks])
+    level = np.array([np.median(ys[block]) for block in blocks])
+    picks = np.random.default_rng(0).integers(0, at.size, (NUM_DRAWS, at.size))
+    picks = picks[np.ptp(at[picks], axis=1) > 0]
+    low, high = np.percentile(_slopes(at[picks], level[picks]), (2.5, 97.5))
+    return Slope(value=float(_slopes(at, level)), low=float(low), high=float(high))
+
+
+def _slopes(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares along the last axis."""
+    dx = x - x.mean(axis=-1, keepdims=True)
+    over: NDArray[np.float64] = (dx * y).sum(axis=-1) / (dx * dx).sum(axis=-1)
+    return over
 
 
 def interleaved(variants: Sequence[str], num_rounds: int, seed: int) -> Iterator[tuple[int, str]]:

@@ -18,9 +18,18 @@ import outlines_core
 
 from patches.canonical import compile_index
 from serving.facts import engine_info
+from serving.geometry import explained
 from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
-from serving.protocol import Adapter, ChatCall, EngineInfo, Generated, Generation, LoraRoom
+from serving.protocol import (
+    Adapter,
+    ChatCall,
+    EngineInfo,
+    Explanation,
+    Generated,
+    Generation,
+    LoraRoom,
+)
 from serving.settings import Settings
 
 SERVICE_MS = "STUB_SERVICE_MS"
@@ -76,6 +85,17 @@ class StubEngine:
             decode_ms=0.0,
         )
 
+    async def explain(self, request: Generation) -> list[Explanation]:
+        """The first patches are kept; images count as cropped to a square."""
+        total = self.info.num_patches
+        kept = list(range(request.retention.num_kept(total)))
+        found: dict[str, list[Any]] = {"scores": [0.0] * total, "cls_attention": [0.0] * total}
+        found["kept"] = kept
+        side = math.isqrt(total) * 14
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        shape = (len(request.images), 3, side, side)
+        return explained([found] * len(request.images), request.images, size, 14, shape)
+
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
         """An empty answer, or a stream of ten events over the service time."""
         if call.body.get("stream"):
@@ -104,6 +124,12 @@ class StubEngine:
 
     async def check_health(self) -> None:
         """It is always well."""
+
+    async def ping(self) -> None:
+        """It always answers."""
+
+    async def kill(self, *, is_hung: bool = False) -> None:
+        """It has no processes."""
 
     async def close(self) -> None:
         """Nothing runs."""

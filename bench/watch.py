@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.client_key import bearer_headers
+
 PERIOD_S = 1.0
 CHANGES = ("more_tokens", "queue_wait", "from_zero", "fewer_tokens", "to_zero", "bounds")
 """Reasons of a changed target; the others say that one was held back."""
@@ -84,7 +86,8 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(timeout=10, trust_env=False) as client:
+        headers = bearer_headers()
+        with httpx.Client(headers=headers, timeout=10, trust_env=False) as client:
             while not self._stopped.is_set():
                 began = time.monotonic()
                 self._look(client)

@@ -17,6 +17,8 @@ from typing import Any
 
 import outlines_core as oc
 
+from patches.index_cache import IndexCache
+
 FIRST_CHARACTER = 0xF0000
 """Token id 0; planes 15 and 16 of Unicode are private use and hold 131,072 ids."""
 _LAST_CHARACTER = 0x10FFFF
@@ -45,14 +47,25 @@ def is_spelled(pattern: str) -> bool:
     return bool(letters) and all(ord(letter) >= FIRST_CHARACTER for letter in letters)
 
 
-@functools.lru_cache(maxsize=1024)
+_INDEXES = IndexCache(max_entries=1024, max_bytes=64 * 2**20)
+
+
 def compile_index(pattern: str, eos_token_id: int) -> oc.Index:
-    """An Outlines index over the token ids that a spelled pattern names."""
-    letters = sorted(set(pattern) - _OPERATORS)
-    vocabulary = oc.Vocabulary(
-        eos_token_id, {letter: [ord(letter) - FIRST_CHARACTER] for letter in letters}
-    )
-    return oc.Index(pattern, vocabulary)
+    """An Outlines index over the token ids that a spelled pattern names; known ones are kept."""
+
+    def build() -> oc.Index:
+        letters = sorted(set(pattern) - _OPERATORS)
+        vocabulary = oc.Vocabulary(
+            eos_token_id, {letter: [ord(letter) - FIRST_CHARACTER] for letter in letters}
+        )
+        return oc.Index(pattern, vocabulary)
+
+    return _INDEXES.get(f"{eos_token_id} {pattern}", build)
+
+
+def is_known(pattern: str, eos_token_id: int) -> bool:
+    """Whether a spelled pattern is compiled already, so that it takes no time."""
+    return f"{eos_token_id} {pattern}" in _INDEXES
 
 
 def install() -> None:

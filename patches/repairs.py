@@ -6,16 +6,23 @@ so that an upgrade is noticed at start and not in the answers.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import outlines_core as oc
 from torch import Tensor
 
+from patches import canonical
+from patches.index_cache import IndexCache
+
 _WATCH = "sieve-parent-watch"
+_COMPILING_NICE = 10
 _BGMV = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
@@ -25,7 +32,125 @@ def apply() -> None:
 
     if current_platform.is_cpu():
         lora_rows_on_cpu()
+    bounded_grammars()
+    grammars_without_queue()
+    ids_without_tokens()
     end_with_parent()
+
+
+def bounded_grammars() -> None:
+    """Clients' grammars take the engine core's memory, and its processor from decoding.
+
+    Symptom: with a vocabulary of 32,000, the index of a string of up to 256 characters takes 120
+    MiB; 128 of them are kept, so 15 GB. Two threads that compile at once can fail with KeyError.
+    Mechanism: `OutlinesBackend._compile_index` (0.32.0) keeps an LRU by number, without a lock.
+    Here it is bounded by bytes, and the thread that compiles yields to those that decode. The
+    unbounded cache on disk that `VLLM_V1_USE_OUTLINES_CACHE` turns on is not used.
+    Remove when: upstream's cache is bounded by memory.
+
+    Raises:
+        RuntimeError: upstream's functions changed.
+    """
+    from vllm.v1.structured_output import backend_outlines, utils
+
+    backend: Any = backend_outlines.OutlinesBackend
+    if getattr(backend._compile_index, "_sieve_bounded", False):
+        return
+    _expect(backend._compile_index, ["self", "regex_string", "vocabulary"])
+    _expect(utils.compile_regex_with_timeout, ["fn", "pattern"])
+    indexes = IndexCache(max_entries=128, max_bytes=128 * 2**20)
+
+    def compile_index(self: Any, regex_string: str, vocabulary: Any) -> oc.Index:
+        def build_in_thread(pattern: str) -> oc.Index:
+            thread = threading.get_native_id()
+            nice = max(_COMPILING_NICE, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+            return oc.Index(pattern, vocabulary.inner)
+
+        return indexes.get(
+            f"{vocabulary._hash}_{regex_string}",
+            lambda: utils.compile_regex_with_timeout(build_in_thread, regex_string),
+        )
+
+    compile_index._sieve_bounded = True  # type: ignore[attr-defined]
+    backend._compile_index = compile_index
+
+
+def grammars_without_queue() -> None:
+    """A label waits for another client's schema to compile.
+
+    Symptom: while a JSON schema compiles, for up to seconds, no new label is decoded on a machine
+    with two cores.
+    Mechanism: `StructuredOutputManager.grammar_init` (0.32.0) sends every grammar through a pool of
+    half as many threads as cores, also one that is in its cache. Here a label structure's that is
+    compiled already is set at once.
+    Remove when: upstream looks into its cache first.
+
+    Raises:
+        RuntimeError: upstream's function changed.
+    """
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_outlines import OutlinesBackend
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+    manager: Any = StructuredOutputManager
+    upstream = manager.grammar_init
+    if getattr(upstream, "_sieve_direct", False):
+        return
+    _expect(upstream, ["self", "request"])
+
+    @functools.wraps(upstream)
+    def grammar_init(self: Any, request: Any) -> None:
+        asked, backend = request.structured_output_request, self.backend
+        if asked is not None and isinstance(backend, OutlinesBackend):
+            kind, pattern = asked.structured_output_key
+            if kind == StructuredOutputOptions.REGEX and canonical.is_known(
+                pattern, backend.vocabulary.inner.get_eos_token_id()
+            ):
+                asked.grammar = backend.compile_grammar(kind, pattern)
+                return
+        upstream(self, request)
+
+    grammar_init._sieve_direct = True  # type: ignore[attr-defined]
+    manager.grammar_init = grammar_init
+
+
+def ids_without_tokens() -> None:
+    """A chat with `logprobs` ends the engine, by chance or on purpose.
+
+    Symptom: TypeError in `output_handler`, and every request fails: the engine is dead.
+    Mechanism: LLaVA's checkpoints have more rows than their tokenizer has tokens (32,064 for
+    32,002). `detokenizer_utils.convert_ids_list_to_tokens` (0.32.0) spells the ids of log-
+    probabilities, and `_restore_leading_spaces` iterates over the None that such an id has, for
+    tokenizers with a Metaspace pre-tokenizer. It is enough that one is among the top ones, or that
+    `logit_bias` asks for it.
+    Remove when: upstream spells an id without a token as nothing, as it does in prompts.
+
+    Raises:
+        RuntimeError: upstream's function changed.
+    """
+    from vllm.tokenizers import detokenizer_utils
+
+    upstream = detokenizer_utils._restore_leading_spaces
+    if getattr(upstream, "_sieve_none", False):
+        return
+    _expect(upstream, ["raw_token", "token_str", "marker"])
+
+    @functools.wraps(upstream)
+    def restore(raw_token: str | None, token_str: str, marker: str) -> str:
+        return upstream(raw_token or "", token_str, marker)
+
+    restore._sieve_none = True  # type: ignore[attr-defined]
+    detokenizer_utils._restore_leading_spaces = restore
+
+
+def _expect(function: Callable[..., object], parameters: list[str]) -> None:
+    found = list(inspect.signature(function).parameters)
+    if found != parameters:
+        raise RuntimeError(
+            f"vLLM's {function.__qualname__} takes {found}, not {parameters}; see "
+            "patches/repairs.py"
+        )
 
 
 def end_with_parent() -> None:

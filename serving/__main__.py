@@ -7,7 +7,7 @@ import sys
 import uvloop
 
 from serving.cli import parse_command
-from serving.errors import SieveError
+from serving.errors import EngineLostError, SieveError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,11 +15,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 when all went well, 1 for an adapter that is not served as trained, 2 for a setting that
-        cannot be used, 3 where some posts failed.
+        cannot be used, 3 where some posts failed, 4 for an engine that does not stay up.
     """
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv)
         return uvloop.run(command())
+    except EngineLostError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 4
     except SieveError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2

@@ -19,8 +19,9 @@ from typing import Any
 import fsspec
 
 from serving.errors import AdapterError
-from serving.manifest import MANIFEST_NAME, fingerprint
+from serving.manifest import MANIFEST_NAME
 from serving.protocol import Adapter
+from serving.weights import file_sha256, pickle_complaint
 
 _COPIES = "sieve-adapters-"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST_NAME)
@@ -106,11 +107,15 @@ def copy_adapter(path: str, into: Path) -> None:
     """Copies an adapter's files from a folder or URL.
 
     Raises:
-        AdapterError: it is gone or cannot be read.
+        AdapterError: it is gone, cannot be read, or has pickled weights.
     """
     into.mkdir(parents=True, exist_ok=True)
     try:
         files, root = fsspec.core.url_to_fs(path)
+        names = (str(item).rsplit("/", 1)[-1] for item in files.ls(root, detail=False))
+        complaint = pickle_complaint(f"adapter {path.rsplit('/', 1)[-1]!r}", names)
+        if complaint is not None:
+            raise AdapterError(complaint)
         for name in _FILES:
             if files.exists(f"{root}/{name}"):
                 files.get_file(f"{root}/{name}", str(into / name))
@@ -121,17 +126,16 @@ def copy_adapter(path: str, into: Path) -> None:
 
 
 def digest_of(folder: Path) -> str:
-    """Tells an adapter's contents apart: configuration, manifest and `fingerprint` of weights.
+    """Tells an adapter's contents apart: every byte of configuration, weights and manifest.
 
     Raises:
         AdapterError: a file is missing.
     """
     digest = hashlib.sha256()
     try:
-        for name in (_FILES[0], _FILES[2]):
-            path = folder / name
-            digest.update(path.read_bytes() if path.exists() else b"-")
-        digest.update(fingerprint(folder).encode())
+        for name in _FILES:
+            is_missing = name == MANIFEST_NAME and not (folder / name).exists()
+            digest.update(b"-" if is_missing else file_sha256(folder / name).encode())
     except OSError as error:
         raise AdapterError(
             f"adapter {folder.name!r}: {type(error).__name__} in its files"

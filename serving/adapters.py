@@ -27,6 +27,7 @@ from serving.manifest import (
 )
 from serving.protocol import Adapter, LoraRoom
 from serving.settings import Settings
+from serving.weights import pickle_complaint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def read_base(model: str) -> BaseModel:
 
     folder = Path(model)
     return BaseModel(
-        config=AutoConfig.from_pretrained(model).to_dict(),
+        config=AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict(),
         fingerprint=fingerprint(folder) if folder.is_dir() else None,
         image_mode=read_image_mode(model),
     )
@@ -111,6 +112,9 @@ def check_adapter(folder: Path, base: BaseModel, name: str | None = None) -> Ins
     name = folder.name if name is None else name
     if not _NAME.fullmatch(name):
         raise AdapterError(f"adapter {name!r}: the name must be letters, digits, '.', '_' and '-'")
+    complaint = pickle_complaint(f"adapter {name!r}", (path.name for path in folder.glob("*")))
+    if complaint is not None:
+        raise AdapterError(complaint)
     config = _read_config(folder, name)
     _check_config(name, config)
     manifest = load_manifest(folder)

@@ -123,6 +123,7 @@ async def climb(
             replace(choices, retention_ratio=ratio),
             f"{request_id}-{len(steps)}",
             explain=explain,
+            is_further=bool(steps),
         )
         total_ms += result.total_ms
         steps.append((ratio, confidence_of(result.scores.probabilities)))

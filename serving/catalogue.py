@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from patches.config import Retention
@@ -75,6 +76,12 @@ class Catalogue:
         self.adapters = dict(adapters)
         self.structures = self._structures_with(adapters)
 
+    def only(self, models: Collection[str]) -> Catalogue:
+        """The same with these adapters alone, and the structures that then remain."""
+        view = copy.copy(self)
+        view.update({name: item for name, item in self.adapters.items() if name in models})
+        return view
+
     def _structures_with(
         self, adapters: Mapping[str, InstalledAdapter]
     ) -> dict[str, LabelStructure]:
@@ -121,7 +128,9 @@ class Catalogue:
         manifest = installed.manifest if installed else Manifest()
         structure = find_structure(
             self.structures,
-            choices.label_structure or manifest.structure_name or self.default_structure,
+            manifest.structure_name or self.default_structure
+            if choices.label_structure is None
+            else choices.label_structure,
         )
         return Resolved(
             model=model,

@@ -31,14 +31,15 @@ examples:
   python -m serving label --help                     label a folder of posts
   python -m serving batch --help                     label a million, resumable
   python -m serving calibrate --help                 find the bar of a cascade of ratios
-  python -m serving explain --help                   picture the patches that are kept
   python -m serving explain --help                   show which patches of an image are kept
+  python -m serving key --help                       make API keys
+  python -m serving --keys keys.yaml                 serve whoever has one of them
   python -m serving verify --help                    check that an adapter is served as trained
 """
 _LABEL_EPILOG = """\
 --data is MVSA's layouts, Twitter-2015/2017, a folder of image/text pairs, JSONL, CSV or LLaVA
 conversations. Flags of the engine (--dtype, --kv-cache-gib, ...) apply where it runs here, without
---server.
+--server. A server with keys gets that of the environment variable SIEVE_API_KEY.
 
 examples:
   python -m serving label --data posts/ --server http://127.0.0.1:8000 --model llavac
@@ -58,6 +59,7 @@ COMMANDS = {
     "batch": "serving.batch.command:batch_command",
     "calibrate": "serving.batch.command:calibrate_command",
     "explain": "serving.explaining:explain_command",
+    "key": "serving.key_command:key_command",
     "label": "serving.cli:label_command",
     "verify": "serving.cli:verify_command",
 }

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
+import logging
+import multiprocessing
 import os
-import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from serving.adapters import lora_room
+from serving.engine_queue import EngineQueue, persistently
 from serving.errors import (
     AdapterError,
     BadRequestError,
     ConfigError,
     EngineDeadError,
+    FailedOnceError,
     OverloadedError,
     SieveError,
 )
@@ -28,6 +35,7 @@ from serving.facts import engine_info
 from serving.geometry import explained
 from serving.loaded_adapters import LoadedAdapters
 from serving.metrics import EngineMetrics
+from serving.process_family import ProcessFamily
 from serving.protocol import (
     Adapter,
     ChatCall,
@@ -38,7 +46,10 @@ from serving.protocol import (
     LoraRoom,
 )
 from serving.settings import Settings
-from serving.streams import held_stream, without_leading_space
+from serving.streams import ENGINE_STOPPED, begun_stream, held_stream, without_leading_space
+from serving.weights import check_base_files
+
+logger = logging.getLogger("sieve.engine")
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -53,6 +64,8 @@ def prepare_environment(settings: Settings) -> None:
         "VLLM_LOGGING_LEVEL": {"warning": "ERROR"}.get(
             settings.log_level, settings.log_level.upper()
         ),
+        # Clients' grammars were tried out within a limit on processor time; this is wall time.
+        "VLLM_REGEX_COMPILATION_TIMEOUT_S": "60",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -65,13 +78,23 @@ class VllmEngine:
     """An `Engine` on vLLM in this process; start it with `start`."""
 
     def __init__(
-        self, llm: Any, chat: Any, models: Any, info: EngineInfo, adapters: LoadedAdapters
+        self,
+        llm: Any,
+        chat: Any,
+        models: Any,
+        info: EngineInfo,
+        adapters: LoadedAdapters,
+        queue: EngineQueue,
     ) -> None:
         self._llm, self._chat, self._models = llm, chat, models
+        self._queue = queue
         self._info = info
         self.adapters = adapters
         self._in_flight = 0
         self._processes = list(llm.engine_core.resources.engine_manager.processes)
+        self._family = ProcessFamily(self._processes)
+        self._is_hung, self._name = False, uuid.uuid4().hex
+        self._was_killed: bool | None = None
 
     @classmethod
     async def start(
@@ -81,6 +104,7 @@ class VllmEngine:
         *,
         room: LoraRoom | None = None,
         metrics: EngineMetrics | None = None,
+        is_again: bool = False,
     ) -> VllmEngine:
         """Loads the checkpoint and its adapters; takes half a minute on a small CPU machine.
 
@@ -89,10 +113,13 @@ class VllmEngine:
             adapters: loaded before the first request.
             room: what later adapters may need; by default what these need.
             metrics: told how long adapters take to load.
+            is_again: this process serves meanwhile, so its event loop must go on; an adapter that
+                cannot be loaded any more is left out.
 
         Raises:
             ConfigError: vLLM cannot serve the checkpoint or an adapter.
         """
+        await asyncio.to_thread(check_base_files, settings.model, settings.base_sha256)
         prepare_environment(settings)
         import torch
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -102,16 +129,29 @@ class VllmEngine:
 
         try:
             room = room or lora_room(settings, adapters)
-            llm = AsyncLLM.from_engine_args(engine_args(settings, room))
+            queue = EngineQueue()
+            make = functools.partial(
+                AsyncLLM.from_engine_args,
+                engine_args(settings, room),
+                stat_loggers=[queue.stat_logger],
+            )
+            llm = await _started_beside(make) if is_again else make()
+            queue.num_tokens = llm.get_num_queued_tokens
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot serve {settings.model!r}: {error}") from error
         try:
             models = _served_models(llm, settings)
-            chat = _chat_server(llm, models)
+            chat = await asyncio.to_thread(_chat_server, llm, models)
             on_load = metrics.adapter_loaded if metrics else lambda seconds: None
             loaded = LoadedAdapters(_VllmSlots(llm), room, on_load)
             for adapter in adapters[: room.max_cpu_loras if room else 0]:
-                await loaded.prepare(adapter)
+                try:
+                    await loaded.prepare(adapter)
+                except AdapterError as error:
+                    if not is_again:
+                        raise
+                    # Requests for it hear why; the others are not to wait for it.
+                    logger.error("adapter %r is not loaded again: %s", adapter.name, error.message)
         except BaseException:
             llm.shutdown()
             raise
@@ -119,9 +159,9 @@ class VllmEngine:
             llm.shutdown()
             raise ConfigError(f"vLLM took {settings.model!r} for a text-only model; start again")
         info = replace(engine_info(settings), max_model_len=llm.model_config.max_model_len)
-        engine = cls(llm, chat, models, info, loaded)
+        engine = cls(llm, chat, models, info, loaded, queue)
         # vLLM keeps a traceback with this frame: what it names would outlive `close`.
-        del llm, chat, models, loaded
+        del llm, chat, models, loaded, make, queue
         return engine
 
     @property
@@ -143,6 +183,14 @@ class VllmEngine:
             detokenize=False,
         )
         async with self._serving(request.adapter):
+            output = await persistently(
+                functools.partial(self._decoded, request, params), waits=request.is_further
+            )
+        return _read_output(output)
+
+    async def _decoded(self, request: Generation, params: Any) -> Any:
+        with self._told_errors():
+            self._llm.check_admission()  # before its images are processed
             (engine_input,) = await self._llm.renderer.render_cmpl_async([_prompt(request)])
             outputs = self._llm.generate(
                 engine_input,
@@ -151,7 +199,9 @@ class VllmEngine:
                 lora_request=self._lora_request(request.adapter),
             )
             (output,) = [output async for output in outputs]
-        return _read_output(output)
+            if output.outputs[0].finish_reason == "error":
+                raise self._failure(500, "", None)
+            return output
 
     async def explain(self, request: Generation) -> list[Explanation]:
         """Which patches the request's images keep: the tower once more, past all caches."""
@@ -180,7 +230,6 @@ class VllmEngine:
     async def chat(self, call: ChatCall) -> dict[str, Any] | AsyncIterator[str]:
         """Answers through vLLM's own OpenAI chat class."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         body = dict(call.body)
         if call.adapter is not None:
@@ -192,15 +241,18 @@ class VllmEngine:
             await held.enter_async_context(self._serving(call.adapter))
             if call.adapter is not None:
                 self._models.lora_requests[call.adapter.key] = self._lora_request(call.adapter)
+            # VLLM's types know no message of images alone; the app has checked them all.
+            messages = body.pop("messages")
             request = ChatCompletionRequest(
                 **body,
+                messages=[],
+                cache_salt=call.cache_salt,
                 request_id=call.request_id,
                 mm_processor_kwargs=call.retention.processor_kwargs(),
                 add_special_tokens=self._adds_bos,
             )
-            answer = await self._chat.create_chat_completion(request)
-            if isinstance(answer, ErrorResponse):
-                raise _from_response(answer.error)
+            request.messages = list(messages)
+            answer = await persistently(functools.partial(self._chatted, request), waits=False)
             if request.stream:  # the adapter stays in use until the last event
                 events = answer if call.pattern is None else without_leading_space(answer)
                 return held_stream(events, held.pop_all())
@@ -209,6 +261,40 @@ class VllmEngine:
             for choice in completion["choices"]:
                 choice["message"]["content"] = (choice["message"]["content"] or "").lstrip()
         return completion
+
+    async def _chatted(self, request: Any) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        with self._told_errors():
+            answer = await self._chat.create_chat_completion(request)
+            if isinstance(answer, ErrorResponse):
+                error = answer.error
+                raise self._failure(error.code, error.message, error.param)
+            return await begun_stream(answer, self._failure) if request.stream else answer
+
+    def _failure(self, code: int, message: str, param: str | None) -> SieveError:
+        """What a client is told of a request that vLLM did not answer."""
+        if code < 500:
+            return BadRequestError(first_line(message), param=param)
+        if self._llm.errored:
+            return EngineDeadError(ENGINE_STOPPED)
+        if code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return self._queue.refusal()
+        # As when vLLM believes that an image is in the engine, whose request was refused.
+        return FailedOnceError("the engine failed on this request; try again shortly")
+
+    @contextlib.contextmanager
+    def _told_errors(self) -> Iterator[None]:
+        """VLLM's errors as ours, and its full queue with the time to come again."""
+        from vllm.exceptions import GenerationError, GracefulHTTPError
+
+        with translated_errors():
+            try:
+                yield
+            except GracefulHTTPError as error:
+                raise self._queue.refusal() from error
+            except GenerationError as error:
+                raise self._failure(500, str(error), None) from error
 
     @contextlib.asynccontextmanager
     async def _serving(self, adapter: Adapter | None) -> AsyncIterator[None]:
@@ -219,17 +305,21 @@ class VllmEngine:
                 async with self.adapters.in_use(adapter):
                     yield
         except EngineDeadError as error:
-            error.num_together = self._in_flight
-            error.is_crash = not await asyncio.to_thread(self._was_killed)
+            error.num_together, error.engine = self._in_flight, self._name
+            error.is_crash = not await asyncio.to_thread(self._was_ended_from_outside)
+            if self._is_hung:  # somebody may have stopped it: being alone in it proves little
+                error.num_together = max(2, self._in_flight)
             raise
         finally:
             self._in_flight -= 1
 
-    def _was_killed(self) -> bool:
+    def _was_ended_from_outside(self) -> bool:
         """Whether a signal from outside ended the engine core: no request is to blame for that."""
-        for process in self._processes:
-            process.join(timeout=2.0)
-        return any(p.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for p in self._processes)
+        if self._was_killed is None:
+            was_killed = self._family.was_ended_from_outside(wait_s=2.0)
+            if self._was_killed is None:
+                self._was_killed = was_killed
+        return self._was_killed
 
     def _lora_request(self, adapter: Adapter | None) -> Any:
         if adapter is None:
@@ -246,20 +336,69 @@ class VllmEngine:
 
     async def tower_images(self) -> int:
         """Images that went through the vision tower so far (of rank 0)."""
-        return int((await self._llm.collective_rpc("sieve_tower_images"))[0])
+        with translated_errors():
+            return int((await self._llm.collective_rpc("sieve_tower_images"))[0])
 
     async def check_health(self) -> None:
         """Raises `EngineDeadError` where the engine core or its worker is gone."""
         with translated_errors():
             await self._llm.check_health()
 
+    async def ping(self) -> None:
+        """Returns once the core and its worker answered, between two steps.
+
+        Raises:
+            EngineDeadError: they are gone.
+        """
+        with translated_errors():
+            await self._llm.collective_rpc("check_health")
+
+    async def kill(self, *, is_hung: bool = False) -> None:
+        """Ends its processes with SIGKILL; whoever waits for it gets an `EngineDeadError`."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        self._is_hung = is_hung
+        if is_hung:
+            self._was_killed = False  # not from outside: a request may be the cause
+        await asyncio.to_thread(self._was_ended_from_outside)
+        await asyncio.to_thread(self._family.kill)
+        # VLLM tells requests that their engine is dead; its calls to the worker wait for ever.
+        for answer in list(self._llm.engine_core.utility_results.values()):
+            if not answer.done():
+                answer.set_exception(VllmDeadError())
+                answer.exception()  # seen: where nobody waits any more, nobody needs to hear of it
+
     async def close(self) -> None:
         """Stops the engine core and its worker."""
         self._llm.shutdown()
+        await asyncio.to_thread(self._family.kill)  # a stopped worker hears nothing else
         self.adapters.close()
         self._llm = self._chat = self._models = None
+        self._queue.num_tokens = lambda: 0  # of the engine that is gone
         del self.adapters  # it holds the engine as well
         gc.collect()  # it is in reference cycles; its destructor fails at interpreter exit
+
+
+async def _started_beside(make: Callable[[], Any]) -> Any:
+    """An `AsyncLLM`, started while the event loop goes on.
+
+    Its processes are spawned: forked ones would inherit the sockets that are being served.
+    """
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    others = set(multiprocessing.active_children())
+    loop = asyncio.get_running_loop()
+    starting = loop.run_in_executor(None, make)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        while not starting.done():  # the start fails as soon as its core is gone
+            for process in set(multiprocessing.active_children()) - others:
+                if process.name.startswith("EngineCore"):
+                    process.kill()
+            await asyncio.wait({starting}, timeout=0.2)
+        if starting.exception() is None:
+            starting.result().shutdown()
+        raise
 
 
 def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
@@ -271,9 +410,13 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
     return AsyncEngineArgs(
         model=settings.model,
         served_model_name=settings.served_name,
+        load_format="safetensors",
+        trust_remote_code=False,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        max_num_queued_tokens=_most_queued(settings),
+        mm_processor_cache_gb=settings.image_cache_gib,
         limit_mm_per_prompt={"image": settings.max_images},
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         gpu_memory_utilization=settings.gpu_memory,
@@ -287,6 +430,13 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
         max_logprobs=MAX_LOGPROBS,
         **(lora_args(room) if room else {}),
     )
+
+
+def _most_queued(settings: Settings) -> int | None:
+    """Prompt tokens that may wait: by default a full batch of the longest prompts."""
+    if settings.max_queued_tokens is None:
+        return settings.max_num_seqs * engine_info(settings).max_model_len
+    return settings.max_queued_tokens or None
 
 
 def lora_args(room: LoraRoom) -> dict[str, Any]:
@@ -376,6 +526,8 @@ def _chat_server(llm: Any, models: Any) -> Any:
 
 def _prompt(request: Generation) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": request.prompt_ids}
+    if request.cache_salt is not None:
+        prompt["cache_salt"] = request.cache_salt
     if request.images:
         prompt["multi_modal_data"] = {"image": request.images}
         prompt["mm_processor_kwargs"] = request.retention.processor_kwargs()
@@ -401,6 +553,11 @@ def _read_output(output: Any) -> Generated:
     )
 
 
+def first_line(message: str) -> str:
+    """What of a message is for clients: further lines are of the inside, as are addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", message.split("\n", 1)[0])[:500]
+
+
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """VLLM's and pydantic's complaints about a request, as ours."""
@@ -412,14 +569,9 @@ def translated_errors() -> Iterator[None]:
     except SieveError:
         raise
     except VllmDeadError as error:
-        raise EngineDeadError("the engine stopped; try again shortly") from error
+        raise EngineDeadError(ENGINE_STOPPED) from error
     except GracefulHTTPError as error:
         raise OverloadedError(f"the server is at its limit: {error}; try again shortly") from error
     except (VLLMClientError, ValueError) as error:
-        raise BadRequestError(str(error), param=getattr(error, "parameter", None)) from error
-
-
-def _from_response(error: Any) -> SieveError:
-    if error.code >= 500:
-        return EngineDeadError(error.message)
-    return BadRequestError(error.message, param=error.param)
+        param = getattr(error, "parameter", None)
+        raise BadRequestError(first_line(str(error)), param=param) from error

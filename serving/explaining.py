@@ -27,6 +27,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _EPILOG = """\
 Without --server the engine runs here (about a minute). The picture is the page's: kept patches lit,
 the rest dimmed; --heat lays the [CLS] attention over it. A folder, or several ratios, give a sheet.
+A server with keys gets that of the environment variable SIEVE_API_KEY.
 
 examples:
   python -m serving explain photo.jpg --retention 0.4 --out overlay.png

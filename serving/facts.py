@@ -10,7 +10,7 @@ from serving.settings import Settings
 
 def engine_info(settings: Settings) -> EngineInfo:
     """What an engine with these settings would say of itself."""
-    config = AutoConfig.from_pretrained(settings.model)
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
     vision, text = config.vision_config, config.text_config
     return EngineInfo(
         model=settings.served_name,

@@ -82,6 +82,24 @@ def read_processing(settings: Mapping[str, Any]) -> Processing:
     )
 
 
+_SENT_SIZE = "sieve_sent_size"
+
+
+def with_sent_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Notes on an image that was fitted how large it was when it was sent.
+
+    It travels with the image, also pickled to a Ray replica.
+    """
+    image.info[_SENT_SIZE] = size
+    return image
+
+
+def sent_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as it was sent."""
+    size: tuple[int, int] = image.info.get(_SENT_SIZE, image.size)
+    return size
+
+
 def explained(
     found: Sequence[Mapping[str, list[Any]]],
     images: Sequence[Image.Image],
@@ -93,7 +111,7 @@ def explained(
 
     Args:
         found: of `patches.worker`, an image each.
-        images: as they were given.
+        images: as they were given, or fitted and with their sent size.
         settings: of the checkpoint's image processor.
         patch_size: side of a patch in processed pixels.
         pixels: shape of the processed images, `(N, 3, H, W)`.
@@ -109,7 +127,7 @@ def explained(
     return [
         Explanation(
             grid=(rows, columns),
-            box=_cut(processing.box(*image.size), share_x, share_y),
+            box=_cut(processing.box(*sent_size(image)), share_x, share_y),
             **one,
         )
         for one, image in zip(found, images, strict=True)

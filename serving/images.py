@@ -13,6 +13,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from PIL import Image, ImageOps
 
@@ -101,6 +102,13 @@ def decode_image(raw: bytes, limits: ImageLimits, param: str = "image") -> Image
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError as error:
+        raise BadRequestError(
+            f"{param} ({image.width}x{image.height}) needs more memory than is allowed; scale it "
+            "down",
+            param=param,
+            code="invalid_image",
+        ) from error
     except Exception as error:
         raise BadRequestError(
             f"{param} is a broken {image.format} file ({image.width}x{image.height}); send it "
@@ -137,12 +145,49 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class Decoder(Protocol):
+    """Decodes the images of requests: here in threads, in `serving.image_workers` in processes."""
+
+    async def started(self) -> None:
+        """Returns once it can decode."""
+
+    async def decode(self, raws: Sequence[bytes], param: str = "image") -> list[Image.Image]:
+        """All images of a request, in order.
+
+        Raises:
+            BadRequestError: too many, or one is not admitted; names which.
+            OverloadedError: too many wait.
+        """
+
+    def close(self) -> None:
+        """Ends what decodes."""
+
+
+def image_names(raws: Sequence[bytes], limits: ImageLimits, param: str) -> list[str]:
+    """What errors call each image of a request.
+
+    Raises:
+        BadRequestError: there are too many.
+    """
+    if len(raws) > limits.max_images:
+        raise BadRequestError(
+            f"{len(raws)} images, allowed are {limits.max_images} a request", param=param
+        )
+    return [param if len(raws) == 1 else f"{param}[{i}]" for i in range(len(raws))]
+
+
 class ImageDecoder:
-    """Decodes in a bounded pool of threads; Pillow's codecs release the interpreter lock."""
+    """Decodes in a bounded pool of threads; Pillow's codecs release the interpreter lock.
+
+    For images of one's own: a hostile one has the whole process, and no deadline.
+    """
 
     def __init__(self, limits: ImageLimits, *, num_threads: int = 2) -> None:
         self.limits = limits
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="image")
+
+    async def started(self) -> None:
+        """Threads start when they are needed."""
 
     async def decode(self, raws: Sequence[bytes], param: str = "image") -> list[Image.Image]:
         """Decodes all images of a request, in order.
@@ -150,12 +195,8 @@ class ImageDecoder:
         Raises:
             BadRequestError: too many, or one is not admitted; names which.
         """
-        if len(raws) > self.limits.max_images:
-            raise BadRequestError(
-                f"{len(raws)} images, allowed are {self.limits.max_images} a request", param=param
-            )
+        names = image_names(raws, self.limits, param)
         loop = asyncio.get_running_loop()
-        names = [param if len(raws) == 1 else f"{param}[{i}]" for i in range(len(raws))]
         decoding = [
             loop.run_in_executor(self._pool, decode_image, raw, self.limits, name)
             for raw, name in zip(raws, names, strict=True)

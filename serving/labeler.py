@@ -13,6 +13,7 @@ from PIL import Image
 from serving.catalogue import Catalogue, Choices, Resolved
 from serving.constraint import Constraint, compile_structure, decisive_depth
 from serving.errors import ConfigError
+from serving.keys import salt_of_caller
 from serving.prompts import encode, encode_answer, render_chat, render_prompt
 from serving.protocol import Engine, Explanation, Generated, Generation
 from serving.scoring import Scores, score, walk
@@ -76,8 +77,17 @@ class Labeler:
         request_id: str = "",
         *,
         explain: bool = False,
+        is_further: bool = False,
     ) -> LabelResult:
-        """Labels one post; with `explain`, also says which patches it kept.
+        """Labels one post.
+
+        Args:
+            text: of the post.
+            images: of the post.
+            choices: what is asked for.
+            request_id: unique; by default a random one.
+            explain: whether to say as well which patches were kept.
+            is_further: whether its client was let in with an earlier pass.
 
         Raises:
             SieveError: the request cannot be served.
@@ -95,6 +105,8 @@ class Labeler:
             pattern=constraint.pattern,
             max_tokens=max(1, constraint.num_steps),
             num_logprobs=constraint.num_logprobs,
+            is_further=is_further,
+            cache_salt=salt_of_caller(),
         )
         generated = await self.engine.generate(request)
         scores = score(constraint, generated.token_ids, generated.logprobs)
@@ -132,6 +144,7 @@ class Labeler:
             again = replace(
                 request,
                 request_id=f"{request.request_id}-{passes}",
+                is_further=True,
                 prompt_ids=[*request.prompt_ids, *part.prefix],
                 pattern=constraint.pattern_below(part.field, part.node),
                 max_tokens=decisive_depth(part.node),

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 
+from serving import audit
 from serving.middleware import request_id
 from serving.settings import Settings
 
@@ -30,7 +31,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logs(settings: Settings) -> None:
-    """Sends our loggers to stderr; each request's line is at level info."""
+    """Sends our loggers to stderr; requests are lines of level info, audit lines always come."""
     logger = logging.getLogger("sieve")
     handler = logging.StreamHandler(sys.stderr)
     if settings.log_format == "json":
@@ -40,3 +41,7 @@ def configure_logs(settings: Settings) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(settings.log_level.upper())
+    audit_lines = logging.StreamHandler(sys.stderr)
+    audit_lines.setFormatter(JsonLines())
+    audit.logger.handlers = [audit_lines]
+    audit.logger.propagate = False

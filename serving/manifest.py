@@ -146,7 +146,7 @@ def read_image_mode(checkpoint: str | Path) -> ImageMode | None:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(str(checkpoint))
+        processor = AutoImageProcessor.from_pretrained(str(checkpoint), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{Path(checkpoint).name!r} has no readable preprocessor_config.json "

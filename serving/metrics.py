@@ -65,8 +65,18 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.image_workers_lost = Counter(
+            "sieve_image_workers_lost",
+            "Image workers replaced, by reason: an image took too long, crashed one, or one was "
+            "killed from outside",
+            ["reason"],
+            registry=registry,
+        )
         self.pending = Gauge(
             "sieve_pending_requests", "Requests taken and not yet answered", registry=registry
+        )
+        self.pending_bytes = Gauge(
+            "sieve_pending_bytes", "Bytes of bodies not yet answered", registry=registry
         )
         self.adapters = Gauge(
             "sieve_adapters", "Adapter versions by state", ["state"], registry=registry
@@ -136,6 +146,20 @@ class EngineMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.restarts = Counter(
+            "sieve_engine_restarts",
+            "Engines that were lost and started again, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.up = Gauge("sieve_engine_up", "1 while the engine answers", registry=registry)
+        for reason in ("died", "hung"):
+            self.restarts.labels(reason)
+
+    def lost(self, reason: str) -> None:
+        """Counts a lost engine."""
+        self.up.set(0)
+        self.restarts.labels(reason).inc()
 
     def adapter_loaded(self, seconds: float) -> None:
         """Counts a load."""
@@ -156,6 +180,12 @@ class ClusterMetrics:
         self.decisions = Counter(
             "sieve_autoscaling_decisions",
             "Changes of the number of replicas, done or held back, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "sieve_engine_restarts",
+            "Engines that were lost and started again, by reason",
             ["reason"],
             registry=registry,
         )

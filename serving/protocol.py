@@ -93,6 +93,9 @@ class Generation:
         pattern: what may be decoded (see `serving.constraint`).
         max_tokens: decoding steps.
         num_logprobs: alternatives wanted at each step.
+        is_further: another pass of a request that was let in: it waits for room in the engine's
+            queue where a new one is refused.
+        cache_salt: requests share the prefix cache with those of the same salt only.
     """
 
     request_id: str
@@ -103,6 +106,8 @@ class Generation:
     pattern: str
     max_tokens: int
     num_logprobs: int
+    is_further: bool = False
+    cache_salt: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,7 @@ class ChatCall:
         adapter: the adapter, or None for the base model; `body["model"]` is the client's word.
         pattern: constraint of a label structure or of choices, or None.
         num_images: images in `body`.
+        cache_salt: requests share the prefix cache with those of the same salt only.
     """
 
     request_id: str
@@ -167,6 +173,7 @@ class ChatCall:
     adapter: Adapter | None = None
     pattern: str | None = None
     num_images: int = 0
+    cache_salt: str | None = field(default=None, repr=False)
 
 
 class Engine(Protocol):

@@ -6,6 +6,7 @@ field is a 400 that names it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -13,16 +14,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serving.errors import BadRequestError
-from serving.images import ImageLimits, read_data_url
 
 MAX_CHOICES = 128
+MAX_CHOICE_CHARS = 256
 MAX_SCHEMA_CHARS = 8_000
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are errors."""
+    """A body whose unknown fields are errors, and in which `true` or "1" is no number."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""A list of texts whose first bad item is complaint enough."""
 
 
 class RetentionFields(Strict):
@@ -41,7 +46,7 @@ class RetentionFields(Strict):
 class LabelRequest(RetentionFields):
     """Body of `POST /v1/label`."""
 
-    image: str | list[str] | None = Field(
+    image: str | Texts | None = Field(
         None, description="a base64 data URL, or several; may be missing"
     )
     text: str = ""
@@ -180,6 +185,15 @@ class StructuredOutputs(Strict):
 
     choice: list[str] = Field(min_length=1, max_length=MAX_CHOICES)
 
+    @field_validator("choice")
+    @classmethod
+    def _short_enough(cls, value: list[str]) -> list[str]:
+        if any(len(choice) > MAX_CHOICE_CHARS for choice in value):
+            raise ValueError(f"a choice is 1 to {MAX_CHOICE_CHARS} characters")
+        if sum(map(len, value)) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"all choices together have at most {MAX_SCHEMA_CHARS} characters")
+        return value
+
 
 class JsonSchema(Strict):
     """OpenAI's named JSON schema."""
@@ -212,7 +226,7 @@ class ChatRequest(RetentionFields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     response_format: ResponseFormat | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[str, Field(max_length=256)] | list[str] | None = None
+    stop: Annotated[str, Field(max_length=256)] | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -223,8 +237,9 @@ class ChatRequest(RetentionFields):
     @field_validator("stop")
     @classmethod
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and (len(value) > 16 or any(len(s) > 256 for s in value)):
-            raise ValueError("at most 16 stop strings of at most 256 characters")
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > 16 or not all(1 <= len(stop) <= 256 for stop in stops):
+            raise ValueError("at most 16 stop strings of 1 to 256 characters")
         return value
 
     @property
@@ -252,19 +267,6 @@ def _texts(message: Message) -> list[str]:
     if isinstance(message.content, str):
         return [message.content]
     return [part.text for part in message.content if isinstance(part, TextPart)]
-
-
-def read_images(urls: list[str], limits: ImageLimits, param: str) -> list[bytes]:
-    """Encoded images of a request's data URLs; the count is checked before any is read.
-
-    Raises:
-        BadRequestError: too many, or one is not an admitted data URL.
-    """
-    if len(urls) > limits.max_images:
-        raise BadRequestError(
-            f"{len(urls)} images, allowed are {limits.max_images} a request", param=param
-        )
-    return [read_data_url(url, limits, param) for url in urls]
 
 
 def check_chat(request: ChatRequest, vocab_size: int, max_model_len: int) -> None:
@@ -308,46 +310,75 @@ def _check_bias(bias: Mapping[str, float], vocab_size: int) -> None:
 
 
 def _check_schema(form: ResponseFormat) -> None:
+    """Cheap bounds on a JSON schema; what passes is tried out by `serving.grammar_guard`."""
     if form.type == "text":
         return
     if form.json_schema is None:
-        raise BadRequestError("response_format has no json_schema", param="response_format")
+        raise _schema_error("response_format has no json_schema", None)
     schema = form.json_schema.schema_
-    if len(str(schema)) > MAX_SCHEMA_CHARS:
-        raise BadRequestError(
-            f"the JSON schema has {len(str(schema))} characters, allowed are {MAX_SCHEMA_CHARS}",
-            param="response_format",
+    _check_nodes(schema)
+    size = len(json.dumps(schema))
+    if size > MAX_SCHEMA_CHARS:
+        raise _schema_error(
+            f"the JSON schema has {size} characters, allowed are {MAX_SCHEMA_CHARS}"
         )
-    _check_schema_keys(schema)
 
 
+_MAX_DEPTH, _MAX_NODES, _MAX_ALTERNATIVES, _MAX_BOUND = 12, 2_000, 64, 256
 _BOUNDS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
+_REFUSED_KEYS = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties")
+_COUNTED_KEYS = {"enum": MAX_CHOICES} | dict.fromkeys(
+    ("properties", "anyOf", "oneOf", "allOf", "prefixItems", "type"), _MAX_ALTERNATIVES
+)
+_HOLD_NAMES = ("properties", "$defs", "definitions")
+_HOLD_DATA = ("enum", "const", "default", "examples")
 
 
-def _check_schema_keys(node: object, depth: int = 0) -> None:
-    """Refuses what can make a small schema compile for minutes."""
-    if depth > 12:
-        raise BadRequestError("the JSON schema is nested over 12 deep", param="response_format")
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("$ref", "pattern", "patternProperties"):
-                raise BadRequestError(
-                    f"{key!r} in a JSON schema is not accepted; write the schema out, use enum",
-                    param="response_format",
-                )
-            if key in _BOUNDS and not (isinstance(value, int) and 0 <= value <= 256):
-                raise BadRequestError(
-                    f"{key}={value!r} in a JSON schema: 0 to 256 is allowed",
-                    param="response_format",
-                )
-            if key == "enum" and isinstance(value, list) and len(value) > MAX_CHOICES:
-                raise BadRequestError(
-                    f"an enum of {len(value)} values, allowed are {MAX_CHOICES}",
-                    param="response_format",
-                )
-            _check_schema_keys(value, depth + 1)
-    elif isinstance(node, list):
-        for value in node:
-            _check_schema_keys(value, depth + 1)
-    elif isinstance(node, float) and not math.isfinite(node):
-        raise BadRequestError("NaN or infinity in the JSON schema", param="response_format")
+def _check_nodes(schema: object) -> None:
+    """Depth, number of values and keywords, without recursion.
+
+    A key is a keyword, but below `properties` it is a name, and below `enum` it is data.
+    """
+    pending, num_nodes = [(schema, 0, "keywords")], 0
+    while pending:
+        node, depth, kind = pending.pop()
+        num_nodes += 1
+        if depth > _MAX_DEPTH or num_nodes > _MAX_NODES:
+            raise _schema_error(
+                f"the JSON schema is over {_MAX_DEPTH} deep or has over {_MAX_NODES} values"
+            )
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if kind == "keywords":
+                    _check_keyword(key, value)
+                pending.append((value, depth + 1, _kind_below(key, kind)))
+        elif isinstance(node, list):
+            pending.extend((value, depth + 1, kind) for value in node)
+        elif isinstance(node, float) and not math.isfinite(node):
+            raise _schema_error("NaN or infinity in the JSON schema", None)
+
+
+def _kind_below(key: str, kind: str) -> str:
+    if kind == "data" or (kind == "keywords" and key in _HOLD_DATA):
+        return "data"
+    return "names" if kind == "keywords" and key in _HOLD_NAMES else "keywords"
+
+
+def _check_keyword(key: str, value: object) -> None:
+    """Refuses what lets a small schema compile for minutes."""
+    if key in _REFUSED_KEYS:
+        raise _schema_error(f"{key!r} in a JSON schema is not accepted; write it out, use enum")
+    if key in _BOUNDS and not _is_bound(value):
+        raise _schema_error(f"{key}={value!r:.40} in a JSON schema: 0 to {_MAX_BOUND} is allowed")
+    allowed = _COUNTED_KEYS.get(key)
+    if allowed is not None and isinstance(value, list | dict) and len(value) > allowed:
+        raise _schema_error(f"{key!r} with {len(value)} values, allowed are {allowed}")
+
+
+def _is_bound(value: object) -> bool:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and 0 <= value <= _MAX_BOUND  # type: ignore[operator]
+
+
+def _schema_error(message: str, code: str | None = "schema_too_complex") -> BadRequestError:
+    return BadRequestError(message, param="response_format", code=code)

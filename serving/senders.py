@@ -16,6 +16,7 @@ import httpx
 
 from serving.answers import label_response
 from serving.catalogue import Choices
+from serving.client_key import bearer_headers
 from serving.errors import BadRequestError, ConfigError, SieveError
 from serving.images import ImageDecoder
 from serving.labeler import Labeler
@@ -142,6 +143,7 @@ class HttpSender(Sender):
         self._most_lost, self._num_lost = max(8, concurrency), 0
         self._client = httpx.AsyncClient(
             base_url=_url(self.server),
+            headers=bearer_headers(),
             timeout=httpx.Timeout(300, connect=10, pool=None),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             transport=transport,

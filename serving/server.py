@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,30 @@ from serving.adapter_states import State
 from serving.adapters import InstalledAdapter, check_adapter, lora_room, read_base
 from serving.app import build_app
 from serving.catalogue import Catalogue, Choices
-from serving.errors import ConfigError
+from serving.connections import connection_class
+from serving.draining import Drain
+from serving.errors import ConfigError, EngineDeadError
 from serving.following import Bulletin, follow_with_bulletin, follow_with_engine
+from serving.image_workers import image_decoder
+from serving.keys import describe_access
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import EngineMetrics, Metrics
+from serving.protocol import Adapter, Engine
 from serving.registry import Registry
 from serving.settings import Settings
 from serving.structures import STRUCTURES, LabelStructure, load_structures
+from serving.watchdog import Follow, Limits, MortalEngine, Start, WatchedEngine
 
 Report = Callable[[str], None]
+_SCRAPE_S = 2.0
+_GOODBYE_S = 5
+"""For connections to close once everything is answered."""
 
 
 def load_tokenizer(model: str) -> Any:
     """The checkpoint's tokenizer with its chat template (LLaVA keeps that with the processor)."""
-    processor = AutoProcessor.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     tokenizer = processor.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     return tokenizer
@@ -51,7 +61,7 @@ def check_model(model: str) -> None:
         ConfigError: there is no such checkpoint, or it is not LLaVA-1.5-like.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={model!r} cannot be read: {error}", param="model") from error
     if config.model_type != "llava":
@@ -126,6 +136,8 @@ async def running_labeler(
     catalogue: Catalogue | None = None,
     registry: Registry | None = None,
     metrics: EngineMetrics | None = None,
+    *,
+    is_watched: bool = False,
 ) -> AsyncIterator[Labeler]:
     """A labeler on an engine in this process; the engine ends with the block.
 
@@ -135,9 +147,8 @@ async def running_labeler(
         catalogue: what may be asked for; by default what the settings say.
         registry: adapters come and go as it says; by default they stay as they are.
         metrics: of the engine.
+        is_watched: whether an engine that is lost is started again.
     """
-    from serving.engine import VllmEngine
-
     started = time.perf_counter()
     check_model(settings.model)
     catalogue = catalogue or catalogue_of(settings)
@@ -147,16 +158,67 @@ async def running_labeler(
         catalogue.update(registry.snapshot().served)
         report(describe_adapters(registry))
     report(f"loading {Path(settings.model).name} (half a minute on a small machine) ...")
-    adapters = [installed.adapter for installed in catalogue.adapters.values()]
-    engine = await VllmEngine.start(settings, adapters, metrics=metrics)
-    following = registry and asyncio.create_task(
-        follow_with_engine(registry.follow, engine.adapters)
-    )
-    try:
-        labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
-        await warm_up(labeler)
+    tokenizer = load_tokenizer(settings.model)
+    if not is_watched:  # work of one's own waits; it is not refused
+        settings = settings.model_copy(update={"max_queued_tokens": 0})
+    start, follow = _starter(settings, catalogue, tokenizer, metrics), _follower(registry)
+    running = _watched if is_watched else _unwatched
+    async with running(settings, start, follow, metrics) as engine:
         report(f"ready in {time.perf_counter() - started:.0f} s")
-        yield labeler
+        yield Labeler(engine, catalogue, tokenizer)
+
+
+def _starter(
+    settings: Settings, catalogue: Catalogue, tokenizer: Any, metrics: EngineMetrics | None
+) -> Start:
+    """What starts an engine, the first and any later one: each has the room that the first had."""
+    from serving.engine import VllmEngine
+
+    def served() -> list[Adapter]:
+        return [installed.adapter for installed in catalogue.adapters.values()]
+
+    room = lora_room(settings, served())
+
+    async def start(is_again: bool) -> MortalEngine:
+        engine = await VllmEngine.start(
+            settings, served(), room=room, metrics=metrics, is_again=is_again
+        )
+        try:
+            await warm_up(Labeler(engine, catalogue, tokenizer))
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    return start
+
+
+def _follower(registry: Registry | None) -> Follow | None:
+    if registry is None:
+        return None
+    return lambda engine: follow_with_engine(registry.follow, engine.adapters)
+
+
+@asynccontextmanager
+async def _watched(
+    settings: Settings, start: Start, follow: Follow | None, metrics: EngineMetrics | None
+) -> AsyncIterator[Engine]:
+    limits = Limits(hang_timeout_s=settings.hang_timeout_s, max_restarts=settings.max_restarts)
+    engine = await WatchedEngine.started(start, limits, metrics, follow)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@asynccontextmanager
+async def _unwatched(
+    settings: Settings, start: Start, follow: Follow | None, metrics: EngineMetrics | None
+) -> AsyncIterator[Engine]:
+    engine = await start(False)
+    following = asyncio.ensure_future(follow(engine)) if follow else None
+    try:
+        yield engine
     finally:
         if following:
             following.cancel()
@@ -172,7 +234,10 @@ async def warm_up(labeler: Labeler) -> None:
 
 @asynccontextmanager
 async def running_app(
-    settings: Settings, report: Report = print, metrics_registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    report: Report = print,
+    metrics_registry: CollectorRegistry = REGISTRY,
+    drain: Drain | None = None,
 ) -> AsyncIterator[tuple[FastAPI, Labeler]]:
     """The HTTP app before an engine in this process, its adapters following their registry."""
     metrics = Metrics(metrics_registry)
@@ -181,11 +246,20 @@ async def running_app(
     registry = await open_registry(settings, catalogue)
     bulletin = Bulletin(catalogue)
     engine_metrics = EngineMetrics(metrics_registry)
-    async with running_labeler(settings, report, catalogue, registry, engine_metrics) as labeler:
+    async with (
+        image_decoder(settings, metrics) as decoder,
+        running_labeler(
+            settings, report, catalogue, registry, engine_metrics, is_watched=True
+        ) as labeler,
+    ):
         engine = labeler.engine
+        assert isinstance(engine, WatchedEngine)
+        await decoder.started()
 
         async def scrape() -> bytes:
-            metrics.tower_images.set(await engine.tower_images())
+            with suppress(EngineDeadError, TimeoutError):  # it is silent: the last count stays
+                async with asyncio.timeout(_SCRAPE_S):
+                    metrics.tower_images.set(await engine.tower_images())
             metrics.set_adapters(registry.statuses())
             return metrics.render()
 
@@ -193,7 +267,15 @@ async def running_app(
         try:
             yield (
                 build_app(
-                    labeler, settings, metrics, bulletin=bulletin, adapters=registry, scrape=scrape
+                    labeler,
+                    settings,
+                    metrics,
+                    bulletin=bulletin,
+                    adapters=registry,
+                    scrape=scrape,
+                    drain=drain,
+                    check_up=engine.check_up,
+                    decoder=decoder,
                 ),
                 labeler,
             )
@@ -202,20 +284,20 @@ async def running_app(
 
 
 async def serve(settings: Settings) -> None:
-    """Runs until SIGINT or SIGTERM."""
+    """Runs until SIGINT or SIGTERM, and then until what was accepted is answered.
+
+    Raises:
+        EngineLostError: the engine does not stay up.
+    """
     logging.basicConfig(level=settings.log_level.upper())
     configure_logs(settings)
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    async with running_app(settings, report) as (app, _):
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=30,
-            lifespan="off",
-        )
-        server = QuietServer(config)
+    if access := describe_access(settings.keys, settings.host):
+        report(access)
+    drain = Drain(settings.drain_s)
+    async with running_app(settings, report, drain=drain) as (app, labeler):
+        config = http_config(app, settings, timeout_graceful_shutdown=_GOODBYE_S)
+        server = QuietServer(config, drain)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
@@ -224,12 +306,47 @@ async def serve(settings: Settings) -> None:
             await asyncio.sleep(0.02)
         if server.started:
             report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
+        assert isinstance(labeler.engine, WatchedEngine)
+        watching = labeler.engine.watching
+        await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            server.stop_once()
         await task
         report("stopping")
+        if watching.done():
+            watching.result()
+
+
+def http_config(app: FastAPI, settings: Settings, **more: Any) -> uvicorn.Config:
+    """How the server in one process speaks HTTP: no websockets, slow clients lose their place."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,  # ours has no query, in which a key may stand by mistake
+        lifespan="off",
+        http=connection_class(settings.client_timeout_s),
+        # Longer than clients keep idle connections (httpx, so OpenAI's: 5 s, Uvicorn's default):
+        # who closes first while the other sends breaks a request.
+        timeout_keep_alive=math.ceil(settings.client_timeout_s),
+        ws="none",
+        **more,
+    )
 
 
 class QuietServer(uvicorn.Server):
-    """Uvicorn that leaves signals to us; its own way ends the process before the engine is."""
+    """Uvicorn that leaves signals to us; its own way ends the process before the engine is.
+
+    Args:
+        config: of the server.
+        drain: whose end is this server's.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._ending: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -238,5 +355,17 @@ class QuietServer(uvicorn.Server):
 
     def stop(self) -> None:
         """Answers what was accepted, then ends; at once the second time."""
-        self.force_exit = self.should_exit
+        if self._ending is None:
+            self.stop_once()
+        else:
+            self._drain.cut()
+            self.force_exit = self.should_exit = True
+
+    def stop_once(self) -> None:
+        """Answers what was accepted, then ends, however often it is asked."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await self._drain.run()
         self.should_exit = True

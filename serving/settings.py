@@ -16,6 +16,8 @@ from pydantic_settings import (
 
 from patches.config import Retention, SieveConfig
 from patches.selection import SELECTORS
+from serving.errors import ConfigError
+from serving.image_hosts import read_rules
 
 DEMO = Path(__file__).parent / "demo"
 ENV_PREFIX = "SIEVE_"
@@ -32,6 +34,12 @@ class Settings(BaseSettings):
 
     model: str = Field(
         str(DEMO / "base"), description="LLaVA-1.5 checkpoint: a folder, or a Hugging Face id"
+    )
+    base_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-fA-F]{64}$",
+        description="refuse to start unless the folder --model has this hash: that of what "
+        "`LC_ALL=C sha256sum *` prints in it",
     )
     model_name: str | None = Field(
         None, description="the base model's name in the API; by default the last part of --model"
@@ -73,9 +81,43 @@ class Settings(BaseSettings):
     max_images: int = Field(4, gt=0, le=64, description="most images in one request")
     max_image_bytes: int = Field(10_000_000, gt=0, description="most bytes of one encoded image")
     max_image_pixels: int = Field(16_000_000, gt=0, description="most pixels of one image")
+    image_workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that decode images; by default a core less than the machine has, 1 "
+        "to 8. 0 decodes in a thread of the server, without a deadline: not for images of "
+        "strangers",
+    )
+    image_timeout: float = Field(
+        5.0,
+        gt=0,
+        description="seconds to decode one image, then its worker is killed (400), and to wait for "
+        "a worker (503)",
+    )
+    image_hosts: str = Field(
+        "",
+        description="hosts that images may be fetched from by http(s), with commas: "
+        "img.example.org, *.example.org, example.org:8443; none unless named",
+    )
+    image_fetch_timeout: float = Field(
+        5.0, gt=0, description="seconds to fetch all remote images of a request"
+    )
+    grammar_cpu_s: float = Field(
+        2.0,
+        gt=0,
+        description="seconds of processor time that a client's JSON schema or choices may take to "
+        "compile; more is a 400",
+    )
+    image_fetches: int = Field(8, gt=0, description="most remote images fetched at once")
     max_text_chars: int = Field(20_000, gt=0, description="most characters of a post's text")
     kv_cache_gib: int = Field(
         1, gt=0, description="KV cache in whole GiB, on CPU (a GPU uses --gpu-memory)"
+    )
+    image_cache_gib: float = Field(
+        1.0,
+        ge=0,
+        description="processed images that an engine keeps for requests that send them again, in "
+        "GiB of ordinary memory",
     )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tower_batch_size: int = Field(8, gt=0, description="most images in one call of the tower")
@@ -86,8 +128,57 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         120.0, gt=0, description="a request not answered by then is cancelled (503)"
     )
+    client_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="seconds a client has to send a whole request, and to read on once it stops "
+        "reading an answer; then its connection is closed",
+    )
+    keys: Path | None = Field(
+        None,
+        description="YAML file with API keys, see `python -m serving key --help`; without one "
+        "whoever reaches the server may do all that it does",
+    )
+    open_metrics: bool = Field(
+        False, description="with --keys, /metrics needs no key; else it needs an admin's"
+    )
+    docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json")
+    hang_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="an engine that answers no ping for so long hangs: it is killed and started "
+        "again; must be longer than the longest step",
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        description="restarts of an engine in a row, each within a minute of the last; then the "
+        "server ends with status 4",
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        description="after SIGTERM, accepted requests have so long to be answered; new ones get a "
+        "503",
+    )
     max_pending: int = Field(
-        512, gt=0, description="requests taken at once by an HTTP side; more get a 429"
+        512,
+        gt=0,
+        description="requests taken at once by an HTTP side; more get a 429. Fewer are taken (503) "
+        "where a new one would wait over half of --request-timeout-s, as fast as they are answered",
+    )
+    max_pending_bytes: int = Field(
+        256_000_000,
+        gt=0,
+        description="bytes of their bodies, together; a body takes about four times its size in "
+        "memory until it is answered",
+    )
+    max_queued_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="prompt tokens, kept visual ones among them, that wait in an engine; more get "
+        "a 503. By default --max-num-seqs prompts as long as the model reads: time to work them "
+        "off is this divided by the engine's prompt tokens a second; 0 is no bound",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="how much is logged; info has a line a request"
@@ -95,6 +186,15 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="json has an object a line, with the request's id"
     )
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _readable_hosts(cls, value: str) -> str:
+        try:
+            read_rules(value)
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        return value
 
     @field_validator("selector")
     @classmethod
@@ -138,6 +238,13 @@ class Settings(BaseSettings):
     def served_name(self) -> str:
         """The base model's name in the API."""
         return self.model_name or ("demo" if self.is_demo else Path(self.model).name)
+
+    @property
+    def num_image_workers(self) -> int:
+        """Processes that decode images."""
+        if self.image_workers is not None:
+            return self.image_workers
+        return min(8, max(1, len(os.sched_getaffinity(0)) - 1))
 
     @property
     def sieve(self) -> SieveConfig:

@@ -21,6 +21,7 @@ from tests.running import Client, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _PUSHED_S = 2.5
+_START_S = 480
 
 
 class RayServer(Client):
@@ -43,14 +44,21 @@ class RayServer(Client):
                 stderr=log,
                 env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             )
-        deadline = time.monotonic() + 240
-        while not self._is_ready():
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self._log.read_text()[-3000:]
-            time.sleep(0.5)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._process.terminate()  # nobody else ends it
+            raise
         facts = SimpleNamespace(info=engine_info(self.settings))
         self.labeler = SimpleNamespace(engine=facts, catalogue=catalogue_of(self.settings))
         return self
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while not self._is_ready():
+            assert self._process.poll() is None, self.log_text()[-3000:]
+            assert time.monotonic() < deadline, self.log_text()[-3000:]
+            time.sleep(0.5)
 
     def _is_ready(self) -> bool:
         try:
@@ -66,9 +74,13 @@ class RayServer(Client):
         time.sleep(_PUSHED_S)  # engines push their metrics every second
         return int(self.metric("sieve_tower_images"))
 
+    def log_text(self) -> str:
+        """The log so far."""
+        return self._log.read_text()
+
     def log_objects(self) -> list[dict[str, Any]]:
         """Lines of the log that are JSON objects, whatever Ray wrote before them."""
-        lines = [line[line.find("{") :] for line in self._log.read_text().splitlines()]
+        lines = [line[line.find("{") :] for line in self.log_text().splitlines()]
         found = []
         for line in lines:
             try:

@@ -14,7 +14,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.server import running_app
+from serving.server import http_config, running_app
 from serving.settings import Settings
 
 
@@ -67,7 +67,7 @@ class RunningServer(Client):
         app, self.labeler = await self._stack.enter_async_context(
             running_app(self.settings, lambda line: None, CollectorRegistry())
         )
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        self._server = uvicorn.Server(http_config(app, self.settings))
         self._serving = asyncio.create_task(self._server.serve())
         while not self._server.started:
             await asyncio.sleep(0.01)

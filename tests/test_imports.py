@@ -23,6 +23,7 @@ ALLOWED = {
         "serving.constraint",
         "serving.scoring",
         "serving.retries",
+        "serving.client_key",
         "patches.selection",
         "patches.config",
     },

@@ -18,6 +18,7 @@ import httpx
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from serving.client_key import bearer_headers
 from serving.errors import BadRequestError, ConfigError
 from serving.posts import Post
 from serving.retries import Retries
@@ -60,6 +61,7 @@ class ServedModel:
         self._concurrency, self._patience = concurrency, patience or Retries()
         self._client = httpx.Client(
             base_url=_url(self.server),
+            headers=bearer_headers(),
             timeout=httpx.Timeout(300, connect=10, pool=None),
             limits=httpx.Limits(max_connections=concurrency),
             transport=transport,

@@ -24,10 +24,11 @@ from typing import Any
 from serving.app import image_limits
 from serving.batch.answering import read_answer
 from serving.batch.outcomes import Answer, Failure
-from serving.batch.prepare import Fitting, Prepared, Preparer
+from serving.batch.prepare import Prepared, Preparer
 from serving.cascade import Cascade, climb
 from serving.catalogue import Choices
 from serving.errors import ConfigError, SieveError
+from serving.fitting import Fitting
 from serving.labeler import Labeler
 from serving.posts import Post, read_posts
 from serving.server import running_labeler

@@ -19,13 +19,14 @@ from serving.app import image_limits
 from serving.batch.answering import Answerer, Asked
 from serving.batch.live import LiveLabeler
 from serving.batch.options import BatchOptions
-from serving.batch.prepare import Fitting, Preparer
+from serving.batch.prepare import Preparer
 from serving.batch.report import BatchSummary, Progress
 from serving.batch.shards import RunFolder, write_whole, writing
 from serving.batch.tables import Table
 from serving.batch.work import Work
 from serving.catalogue import Catalogue, Choices
 from serving.errors import ConfigError
+from serving.fitting import Fitting
 from serving.labeler import Labeler
 from serving.posts import Posts, read_posts
 from serving.registry import Registry

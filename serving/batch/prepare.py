@@ -1,22 +1,16 @@
 """Posts read, decoded and brought to the model's size in worker processes, ahead of the engine.
 
-A worker hands over the square that the checkpoint's own image processor would make of the picture,
-before it is scaled to floats. Doing that twice changes nothing (`Fitting.of` makes sure), so the
-engine sees the very pixels that the server sees, and a photo of 12 megapixels crosses as 100 kB.
+How they are brought to its size is `serving.fitting`'s: the engine sees the pixels the server sees.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -24,8 +18,10 @@ from PIL import Image
 
 from serving.batch.outcomes import Failure
 from serving.errors import BadRequestError, SieveError
+from serving.fitting import HEAVY, Fitting, fit
 from serving.images import ImageLimits, decode_image
 from serving.posts import Post
+from serving.worker_process import end_with_parent, fork_server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,48 +39,6 @@ class Prepared:
     def pictures(self) -> list[Image.Image]:
         """For the engine."""
         return [Image.fromarray(image) for image in self.images]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitting:
-    """How images are brought to the model's size before they cross to the engine's process.
-
-    Attributes:
-        model: the checkpoint whose image processor does it; None leaves images as they are.
-    """
-
-    model: str | None
-
-    @classmethod
-    def of(cls, model: str) -> Fitting:
-        """Fits where processing a fitted image gives the same pixels, to the bit."""
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(model)
-        noise = np.random.default_rng(0)
-        for size in ((331, 470), (77, 60)):
-            image = Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8))
-            fitted = Image.fromarray(_fit(processor, image))
-            if not np.array_equal(_pixels(processor, image), _pixels(processor, fitted)):
-                return cls(model=None)
-        return cls(model=model)
-
-    def load(self) -> Any:
-        """The checkpoint's image processor; None where images stay as they are."""
-        if self.model is None:
-            return None
-        from transformers import AutoImageProcessor
-
-        return AutoImageProcessor.from_pretrained(self.model)
-
-
-def _pixels(processor: Any, image: Image.Image) -> np.ndarray:
-    return np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-
-
-def _fit(processor: Any, image: Image.Image) -> np.ndarray:
-    square = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)
-    return np.ascontiguousarray(square["pixel_values"][0].transpose(1, 2, 0), dtype=np.uint8)
 
 
 def prepare(post: Post, limits: ImageLimits, processor: Any = None) -> Prepared:
@@ -133,7 +87,7 @@ def _decode(raw: bytes, limits: ImageLimits, processor: Any) -> np.ndarray:
         image = decode_image(raw, limits)
     except SieveError as error:
         raise Failure.of("decode", error) from error
-    return np.asarray(image) if processor is None else _fit(processor, image)
+    return fit(processor, image)
 
 
 class Preparer:
@@ -151,8 +105,7 @@ class Preparer:
     def __init__(self, limits: ImageLimits, fitting: Fitting, *, num_workers: int) -> None:
         self._start = (limits, fitting)
         self.num_workers = num_workers
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, *(_HEAVY if fitting.model else ())])
+        self._context = fork_server([__name__, *(HEAVY if fitting.model else ())])
         self._pool = self._new_pool(num_workers)
         self._alone = asyncio.Lock()
 
@@ -203,9 +156,6 @@ class Preparer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_HEAVY = ("torch", "torchvision", "transformers.models.auto.image_processing_auto")
-"""Imported once, by the process that workers are forked from: else seconds for each of them."""
-
 _limits = ImageLimits()
 _processor: Any = None
 
@@ -215,23 +165,7 @@ def _begin(limits: ImageLimits, fitting: Fitting) -> None:
     global _limits, _processor
     _limits = limits
     _processor = fitting.load()
-    if _processor is not None:
-        import torch
-
-        torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker with the process it works for, which may be killed.
-
-    The sentinel is a pipe that the parent holds: it closes at once, also where nobody reaps the
-    killed process.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(posts: Sequence[Post]) -> list[Prepared | Failure]:

@@ -23,10 +23,11 @@ from serving.batch.job import Plan
 from serving.batch.live import LiveLabeler
 from serving.batch.options import BatchOptions
 from serving.batch.outcomes import Outcome
-from serving.batch.prepare import Fitting, Preparer
+from serving.batch.prepare import Preparer
 from serving.batch.shards import IdsDigest, RunFolder
 from serving.batch.work import Entry
 from serving.errors import ConfigError, SieveError
+from serving.fitting import Fitting
 from serving.posts import Posts
 from serving.settings import Settings
 

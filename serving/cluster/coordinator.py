@@ -5,6 +5,7 @@ No request passes it. While it is gone, ingresses serve what they knew last.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import ray
@@ -15,11 +16,13 @@ from serving.adapter_states import AdapterStatus, Report, Snapshot
 from serving.adapters import lora_room
 from serving.cluster.board import Board
 from serving.cluster.decisions import ACTOR_NAME, DecisionLog
+from serving.cluster.exits import Exits
 from serving.cluster.settings import RayAppSettings
 from serving.errors import SieveError
 from serving.metrics import ClusterMetrics, Metrics
 from serving.protocol import LoraRoom
 from serving.server import catalogue_of, describe_adapters, open_registry
+from serving.watchdog import Reason
 
 
 class Coordinator:
@@ -37,6 +40,8 @@ class Coordinator:
         self._least_replicas = settings.least_replicas
         self._board = Board()
         self._tower_images: dict[str, int] = {}
+        self._lost: Counter[Reason] = Counter()
+        self._exits = Exits()
         self._log = (
             ray.remote(DecisionLog)
             .options(
@@ -84,6 +89,22 @@ class Coordinator:
         """Takes how many images went through a replica's tower."""
         self._tower_images[replica] = count
 
+    async def lost(self, reason: Reason) -> None:
+        """Takes that a replica lost its engine."""
+        self._lost[reason] += 1
+
+    async def draining(self, ingress: str) -> bool:
+        """Whether HTTP sides are to let nobody in any more; answers when that changes, or soon."""
+        return await self._exits.begun(ingress)
+
+    async def drained(self, ingress: str) -> None:
+        """Takes that an HTTP side has answered all that it had accepted."""
+        self._exits.done(ingress)
+
+    async def drain(self, limit_s: float) -> bool:
+        """Has every HTTP side answer what it accepted and refuse the rest; whether all told so."""
+        return await self._exits.all_done(limit_s)
+
     async def decisions(self) -> list[dict[str, Any]]:
         """The autoscaler's last decisions, oldest first."""
         found: list[dict[str, Any]] = await self._log.read.remote()
@@ -95,6 +116,8 @@ class Coordinator:
         metrics, cluster = Metrics(own), ClusterMetrics(own)
         metrics.set_adapters(self._registry.statuses())
         metrics.tower_images.set(sum(self._tower_images.values()))
+        for lost, number in self._lost.items():
+            cluster.restarts.labels(lost).inc(number)
         for reason, count in (await self._log.counts.remote()).items():
             cluster.decisions.labels(reason).inc(count)
         load = await self._log.load.remote()

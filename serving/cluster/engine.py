@@ -2,23 +2,16 @@
 
 A request whose replica or engine was killed from outside is sent to another one: labels and chats
 change nothing, so answering twice does no harm. A request that was in an engine which failed by
-itself may be what it failed of. It is not sent on; if it was there alone, or at two such failures,
-it is refused from then on. Those suspected once are tried one at a time, so that of a company only
-the guilty one is there at a second failure; an answer clears the others.
+itself may be what it failed of: see `serving.suspects`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
-import pickle
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
@@ -29,9 +22,10 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from serving.errors import BadRequestError, EngineDeadError, OverloadedError, SieveError
+from serving.errors import EngineDeadError, OverloadedError, SieveError
 from serving.metrics import Metrics
 from serving.protocol import ChatCall, EngineInfo, Explanation, Generated, Generation
+from serving.suspects import Suspects
 
 logger = logging.getLogger("sieve")
 T = TypeVar("T")
@@ -142,75 +136,6 @@ class RayEngine:
         """Engines end with the application."""
 
 
-class Suspects:
-    """Requests that were in an engine when it failed by itself, known by what they ask.
-
-    Args:
-        most: how many are remembered.
-    """
-
-    def __init__(self, most: int = 1000) -> None:
-        self._most = most
-        self._failures: OrderedDict[str, int] = OrderedDict()
-        self._turn = asyncio.Lock()
-
-    def check(self, request: Generation | ChatCall) -> None:
-        """Refuses a request that is known to stop engines.
-
-        Raises:
-            BadRequestError: it is.
-        """
-        if self._failures and self._failures.get(fingerprint(request), 0) >= 2:
-            raise _quarantined()
-
-    @asynccontextmanager
-    async def turn(self, request: Generation | ChatCall) -> AsyncIterator[None]:
-        """The time of a request with the engines: a suspect waits for the others, and is cleared.
-
-        Raises:
-            BadRequestError: it is known to stop engines.
-        """
-        mark = fingerprint(request) if self._failures else ""
-        if mark not in self._failures:
-            yield
-            return
-        async with self._turn:
-            self.check(request)
-            yield
-            is_answered = not (isinstance(request, ChatCall) and request.body.get("stream"))
-            if is_answered:  # a stream has only begun
-                self._failures.pop(mark, None)
-
-    def add(self, request: Generation | ChatCall, error: EngineDeadError) -> SieveError:
-        """Notes a failure; returns what the client is told."""
-        mark = fingerprint(request)
-        strikes = 2 if error.num_together <= 1 else 1
-        self._failures[mark] = self._failures.pop(mark, 0) + strikes
-        while len(self._failures) > self._most:
-            self._failures.popitem(last=False)
-        if self._failures[mark] >= 2:
-            return _quarantined()
-        told = EngineDeadError(
-            "the engine failed while it worked on this request and others; try again shortly",
-            code="engine_crashed",
-        )
-        told.retry_after_s = 5
-        return told
-
-
-def fingerprint(request: Generation | ChatCall) -> str:
-    """Equal for requests that ask the same of an engine."""
-    return hashlib.sha256(pickle.dumps(replace(request, request_id=""))).hexdigest()
-
-
-def _quarantined() -> BadRequestError:
-    return BadRequestError(
-        "an engine failed while it worked on this request, so it is not tried again; change its "
-        "image, text or parameters",
-        code="quarantined",
-    )
-
-
 def _overloaded(error: BackPressureError) -> OverloadedError:
     refusal = OverloadedError(
         f"{error.args[0]} requests wait for an engine, allowed are {error.args[1]}; try again "
@@ -272,11 +197,13 @@ async def _events(
                 raise event
             yield event
         is_over = True
-    except (*_REPLICA_LOST, EngineDeadError) as error:
+    except (*_REPLICA_LOST, SieveError) as error:
         is_over = True
         lost: SieveError = EngineDeadError("the engine was lost in this answer; ask again")
         if isinstance(error, EngineDeadError) and error.is_crash:
             lost = on_crash(error)
+        elif isinstance(error, SieveError) and not isinstance(error, EngineDeadError):
+            lost = error
         yield f"data: {json.dumps(lost.body())}\n\n"
         yield "data: [DONE]\n\n"
     finally:

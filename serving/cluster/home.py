@@ -10,15 +10,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from serving.client_key import VARIABLE as CLIENTS_KEY
 from serving.cluster.settings import RayAppSettings
 from serving.errors import ConfigError
+from serving.keys import describe_access
 from serving.ray_app import NAME, app
 from serving.server import Report, check_model
+
+logger = logging.getLogger("sieve")
 
 
 async def serve_on_ray(settings: RayAppSettings) -> None:
@@ -29,11 +35,16 @@ async def serve_on_ray(settings: RayAppSettings) -> None:
     """
     report: Report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     check_model(settings.model)
+    # A cluster's own nodes may have the file where this machine has none.
+    keys = settings.keys if settings.ray_address is None else None
+    if settings.keys == keys and (access := describe_access(keys, settings.host)):
+        report(access)
     stop = asyncio.Event()
-    with _on_ray(settings, report):
+    with _on_ray(settings, report, stop):
         for number in (signal.SIGINT, signal.SIGTERM):  # after `ray.init`, which sets its own
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         started = time.perf_counter()
+        is_serving = False
         report(f"starting {settings.replicas} engine(s) on Ray (a minute on a small machine) ...")
         running = asyncio.create_task(asyncio.to_thread(_deploy, settings))
         stopped = asyncio.create_task(stop.wait())
@@ -43,10 +54,49 @@ async def serve_on_ray(settings: RayAppSettings) -> None:
                 running.result()
                 report(f"ready in {time.perf_counter() - started:.0f} s")
                 report(f"serving {settings.served_name} on http://{settings.host}:{settings.port}")
+                is_serving = True
                 await stopped
             report("stopping")
+            stop.clear()
+            if is_serving:
+                await _drain(settings, stop)
         finally:
-            await asyncio.to_thread(serve.delete, NAME)
+            await _delete(stop)
+
+
+async def _drain(settings: RayAppSettings, hurry: asyncio.Event) -> None:
+    """Waits until what was accepted is answered and the rest is told; not after a second signal.
+
+    Serve by itself stops all deployments at once: a request that waits for an engine would find
+    none any more.
+    """
+    coordinator = serve.get_deployment_handle("Coordinator", NAME)
+    draining = asyncio.ensure_future(_asked(coordinator.drain.remote(settings.drain_s)))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not draining.done():
+        draining.cancel()
+        return
+    try:
+        if not draining.result():
+            logger.warning("not every HTTP side has told that it answered all it had accepted")
+    except RayError as error:
+        logger.warning("the coordinator is gone, accepted requests may be lost: %r", error)
+
+
+async def _delete(hurry: asyncio.Event) -> None:
+    """Deletes the application, and waits until it is gone; not after a second signal."""
+    await asyncio.to_thread(serve.delete, NAME, _blocking=False)
+    while not hurry.is_set():
+        status = await asyncio.to_thread(serve.status)
+        if NAME not in status.applications:
+            return
+        await asyncio.sleep(0.2)
+
+
+async def _asked(response: Any) -> bool:
+    return bool(await response)
 
 
 def _deploy(settings: RayAppSettings) -> None:
@@ -66,7 +116,7 @@ def _deploy(settings: RayAppSettings) -> None:
 
 
 @contextlib.contextmanager
-def _on_ray(settings: RayAppSettings, report: Report) -> Iterator[None]:
+def _on_ray(settings: RayAppSettings, report: Report, hurry: asyncio.Event) -> Iterator[None]:
     """A Ray of our own, or that of a cluster; what was started here ends here."""
     # Engines on one machine must not bind to the same cores.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -88,7 +138,7 @@ def _on_ray(settings: RayAppSettings, report: Report) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_ours:
+        if is_ours and not hurry.is_set():
             serve.shutdown()
         ray.shutdown()
 
@@ -96,4 +146,8 @@ def _on_ray(settings: RayAppSettings, report: Report) -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """What engines on other nodes need of this process's environment."""
     prefixes = ("SIEVE_", "VLLM_", "OMP_", "HF_")
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(prefixes) and name != CLIENTS_KEY
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,9 +17,11 @@ from serving.adapter_states import AdapterStatus, Report, Snapshot
 from serving.app import build_app
 from serving.cluster.engine import RayEngine
 from serving.cluster.settings import RayAppSettings
+from serving.draining import Drain
 from serving.errors import OverloadedError, SieveError
 from serving.facts import engine_info
 from serving.following import Bulletin, follow_with_bulletin
+from serving.image_workers import image_decoder
 from serving.labeler import Labeler
 from serving.logs import configure_logs
 from serving.metrics import Metrics
@@ -45,11 +48,15 @@ class Ingress:
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry)
         self._name = serve.get_replica_context().replica_id.unique_id
+        self._drain = Drain(settings.drain_s)
         catalogue = catalogue_of(settings)
         bulletin = Bulletin(catalogue)
         bulletin.update(await self._follow(Report(member=f"start-{self._name}", kind="start")))
         engine = RayEngine(engines, engine_info(settings), self._metrics)
         labeler = Labeler(engine, catalogue, load_tokenizer(settings.model))
+        self._images = AsyncExitStack()  # its processes end with this one
+        decoder = await self._images.enter_async_context(image_decoder(settings, self._metrics))
+        await decoder.started()
         self._http = build_app(
             labeler,
             settings,
@@ -58,8 +65,11 @@ class Ingress:
             adapters=RemoteRegistry(coordinator),
             scrape=self._scrape,
             is_behind_proxy=True,
+            drain=self._drain,
+            decoder=decoder,
         )
         self._tasks = [
+            asyncio.create_task(self._drain_when_told()),
             asyncio.create_task(follow_with_bulletin(self._follow, bulletin)),
             asyncio.create_task(self._push()),
         ]
@@ -76,6 +86,18 @@ class Ingress:
         await self._coordinator.push.remote("Ingress", self._name, self._metrics.render())
         text: bytes = await self._coordinator.scrape.remote()
         return text
+
+    async def _drain_when_told(self) -> None:
+        """Lets nobody in once the application ends, and tells when all inside are answered."""
+        is_told = False
+        while not is_told:
+            try:
+                is_told = await self._coordinator.draining.remote(self._name)
+            except Exception as error:  # the coordinator restarts
+                logger.debug("coordinator out of reach: %r", error)
+                await asyncio.sleep(_PUSH_S)
+        await self._drain.run()
+        await self._coordinator.drained.remote(self._name)
 
     async def _push(self) -> None:
         while True:

@@ -1,8 +1,8 @@
 """One engine as a Ray Serve replica.
 
-It ends as soon as its engine does, and Serve starts another. Requests that come in between wait for
-that end and are then sent to another replica: a dead engine would refuse, and so be chosen, faster
-than the living ones, and a request that came after a crash is not to blame for it.
+It ends as soon as its engine does or hangs, and Serve starts another. Requests that come in between
+wait for that end and are then sent to another replica: a dead engine would refuse, and so be
+chosen, faster than the living ones, and a request that came after a crash is not to blame for it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from serving.labeler import Labeler
 from serving.metrics import EngineMetrics
 from serving.protocol import ChatCall, EngineInfo, Explanation, Generated, Generation
 from serving.server import catalogue_of, load_tokenizer, warm_up
+from serving.watchdog import until_lost
 
 logger = logging.getLogger("sieve.engine")
 
@@ -55,6 +56,7 @@ class EngineReplica:
         self._coordinator = coordinator
         self._work = Work()
         self._is_ending = False
+        self._doubted = asyncio.Event()
         self._metrics = EngineMetrics()
         self._name = serve.get_replica_context().replica_id.unique_id
         room = await coordinator.room.remote()
@@ -65,11 +67,12 @@ class EngineReplica:
         self._engine = await engine_type.start(settings, adapters, room=room, metrics=self._metrics)
         catalogue = catalogue_of(settings)
         await warm_up(Labeler(self._engine, catalogue, load_tokenizer(settings.model)))
+        self._metrics.up.set(1)
         self._resident: frozenset[str] = frozenset()
         self._tasks = [
             asyncio.create_task(follow_with_engine(self._follow, self._engine.adapters)),
             asyncio.create_task(self._push()),
-            asyncio.create_task(self._watch()),
+            asyncio.create_task(self._watch(settings.hang_timeout_s)),
         ]
 
     async def _follow(self, report: Report) -> Snapshot:
@@ -135,7 +138,7 @@ class EngineReplica:
     def _failed(self, request_id: str, error: SieveError) -> SieveError:
         logger.info("request %s: %s", request_id, error.message)
         if isinstance(error, EngineDeadError):
-            self._end()
+            self._doubted.set()
         return error
 
     async def _living(self) -> None:
@@ -143,32 +146,27 @@ class EngineReplica:
         try:
             await self._engine.check_health()
         except EngineDeadError:
-            self._end()
+            self._doubted.set()
+            await asyncio.Event().wait()
         if self._is_ending:
             await asyncio.Event().wait()
 
-    def _end(self) -> None:
-        """Ends this process once those whose request was in the engine have been told."""
-        if not self._is_ending:
-            self._is_ending = True
-            logger.error("the engine of replica %s stopped; the replica ends", self._name)
-            self._tasks.append(asyncio.create_task(self._exit()))
-
     async def _exit(self) -> None:
+        """Ends this process once those whose request was in the engine have been told."""
         deadline = time.monotonic() + _LAST_WORDS_S
         while self._work.stats()["requests"] and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await asyncio.sleep(_SENDING_S)
         os._exit(1)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            try:
-                await self._engine.check_health()
-            except EngineDeadError:
-                self._end()
-                return
+    async def _watch(self, hang_timeout_s: float) -> None:
+        """Ends the replica with its engine; a stopped worker would outlive both."""
+        reason = await until_lost(self._engine, hang_timeout_s, self._doubted)
+        self._is_ending = True
+        logger.error("the engine of replica %s %s; the replica ends", self._name, reason)
+        self._coordinator.lost.remote(reason)  # for the metrics: nobody waits for it
+        await self._engine.kill(is_hung=reason == "hung")
+        await self._exit()
 
     async def _push(self) -> None:
         """Sends this process's metrics to where one scrape finds them all."""

@@ -39,10 +39,21 @@ HEADERS = {
 
 def add_page(app: FastAPI) -> None:
     """Serves the page at `/` and its files below `/page/`; they are read once, here."""
-    _add_file(app, "/", FOLDER / "index.html")
+    for route, path in _files().items():
+        _add_file(app, route, path)
+
+
+def page_paths() -> list[str]:
+    """Where the page and its files are served."""
+    return list(_files())
+
+
+def _files() -> dict[str, Path]:
+    files = {"/": FOLDER / "index.html"}
     for path in sorted(FOLDER.rglob("*")):
         if path.suffix in TYPES and path.name != "index.html":
-            _add_file(app, f"/page/{path.relative_to(FOLDER).as_posix()}", path)
+            files[f"/page/{path.relative_to(FOLDER).as_posix()}"] = path
+    return files
 
 
 def _add_file(app: FastAPI, route: str, path: Path) -> None:

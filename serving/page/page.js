@@ -33,9 +33,14 @@ async function connect() {
   }
   $("server").classList.remove("failed");
   $("request").hidden = false;
-  const base = served.data.find((card) => !card.parent), count = served.data.length - 1;
-  $("server").textContent =
-    `${base.id}, ${count} adapter${count === 1 ? "" : "s"}, ${served.patches} patches an image`;
+  // A key may be for some adapters only, or for the base alone.
+  const base = served.data.find((card) => !card.parent);
+  const count = served.data.filter((card) => card.parent).length;
+  $("server").textContent = [
+    ...(base ? [base.id] : []),
+    `${count} adapter${count === 1 ? "" : "s"}`,
+    `${served.patches} patches an image`,
+  ].join(", ");
   for (const panel of panels.splice(0)) panel.stop();
   panels.push(new Panel("A", served, page));
   showPanels();

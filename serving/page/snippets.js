@@ -9,7 +9,7 @@ const escaped = (text) => text.replace(/[\\$`]/g, "\\$&");
 export function curlOf(body, { url, file, hasKey }) {
   const lines = [];
   if (file) lines.push(`IMAGE=$(base64 -w0 ${quoted(file)})`);
-  const key = hasKey ? ' -H "authorization: Bearer $SIEVE_KEY"' : "";
+  const key = hasKey ? ' -H "authorization: Bearer $SIEVE_API_KEY"' : "";
   lines.push(`curl -s ${quoted(`${url}/v1/label`)} -H 'content-type: application/json'${key} -d @- <<JSON`);
   const fields = Object.entries(body).map(
     ([name, value]) => `  ${JSON.stringify(name)}: ${escaped(JSON.stringify(value))}`,
@@ -33,7 +33,7 @@ export function pythonOf(body, { url, file, hasKey }) {
     fields.unshift('    "image": f"data:image/jpeg;base64,{image}",');
   }
   lines.push("body = {", ...fields, "}");
-  const headers = hasKey ? ', headers={"authorization": f"Bearer {os.environ[\'SIEVE_KEY\']}"}' : "";
+  const headers = hasKey ? ', headers={"authorization": f"Bearer {os.environ[\'SIEVE_API_KEY\']}"}' : "";
   lines.push(`answer = httpx.post(${JSON.stringify(`${url}/v1/label`)}, json=body${headers}, timeout=120)`);
   lines.push("print(answer.json())");
   return lines.join("\n").trimStart();

@@ -75,8 +75,7 @@ def test_a_process_is_timed_whole_and_from_the_first_sight_of_its_bar_to_the_las
     code = "import time; time.sleep(.2); print('Running batch: 0', flush=True); time.sleep(.3); "
     code += "print('Running batch: 9', flush=True); time.sleep(.2)"
     whole_s, label_s = batch_peer._timed(["-c", code], tmp_path / "log", {})
-    assert 0.25 < label_s < 0.5
-    assert whole_s > label_s + 0.3
+    assert 0 < label_s < whole_s - 0.3
     assert "Running batch: 9" in (tmp_path / "log").read_text()
 
 
@@ -144,7 +143,7 @@ async def test_requests_rendered_ahead_are_found_and_the_renderer_is_as_before_a
             return [{"rendered": prompts[0]["prompt_token_ids"]}]
 
     engine = SimpleNamespace(_llm=SimpleNamespace(renderer=Renderer()))
-    requests = [SimpleNamespace(prompt_ids=[i], images=[]) for i in range(3)]
+    requests = [SimpleNamespace(prompt_ids=[i], images=[], cache_salt=None) for i in range(3)]
     async with batch_limit.rendered_ahead(engine, requests):
         assert len(calls) == 3
         (found,) = await engine._llm.renderer.render_cmpl_async(

@@ -112,3 +112,37 @@ def is_running(pid):
 def test_nothing_watches_in_a_process_that_nobody_started_as_a_worker():
     repairs.end_with_parent()
     assert not [thread for thread in threading.enumerate() if thread.name == repairs._WATCH]
+
+
+def spelled(ids, tokenizer, restore):
+    from vllm.tokenizers import detokenizer_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detokenizer_utils, "_restore_leading_spaces", restore)
+        return detokenizer_utils.convert_ids_list_to_tokens(tokenizer, ids)
+
+
+def upstreams_restore():
+    from vllm.tokenizers import detokenizer_utils
+
+    found = detokenizer_utils._restore_leading_spaces
+    return getattr(found, "__wrapped__", found)
+
+
+def test_ids_without_a_token_are_spelled_as_nothing_and_others_as_upstream_does(demo_tokenizer):
+    from vllm.tokenizers import detokenizer_utils
+
+    repairs.ids_without_tokens()
+    repairs.ids_without_tokens()
+    ours = detokenizer_utils._restore_leading_spaces
+    known = list(range(3, len(demo_tokenizer)))
+    theirs = spelled(known, demo_tokenizer, upstreams_restore())
+    assert spelled(known, demo_tokenizer, ours) == theirs
+    assert any(token.startswith(" ") for token in theirs)
+    assert spelled([len(demo_tokenizer) + 5, 3], demo_tokenizer, ours)[0] == ""
+
+
+def test_upstream_still_fails_on_ids_without_a_token(demo_tokenizer):
+    """When this fails, upstream is repaired: remove `ids_without_tokens`."""
+    with pytest.raises(TypeError):
+        spelled([len(demo_tokenizer) + 5], demo_tokenizer, upstreams_restore())

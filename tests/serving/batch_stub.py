@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from serving import fitting
 from serving.__main__ import main
 from serving.batch import job, prepare
 from serving.batch.job import Plan
@@ -77,12 +78,12 @@ class PreparerHere:
         pass
 
 
-class Unfitted(prepare.Fitting):
+class Unfitted(fitting.Fitting):
     """Images stay as they are: an engine without a model looks at none."""
 
     @classmethod
-    def of(cls, model: str) -> prepare.Fitting:
-        return prepare.Fitting(model=None)
+    def of(cls, model: str) -> fitting.Fitting:
+        return fitting.Fitting(model=None)
 
 
 class CountedEngine(FakeEngine):

@@ -1,7 +1,6 @@
 """HTTP surface over a fake engine: bodies, errors, cards. Real engines: test_server.py."""
 
 import asyncio
-import contextlib
 
 import httpx
 import pytest
@@ -104,7 +103,7 @@ BAD_CHATS = [
     ({"logprobs": True, "top_logprobs": 10**6}, 400, "top_logprobs"),
     ({"top_logprobs": 2}, 400, "top_logprobs"),
     ({"temperature": -1}, 400, "temperature"),
-    ({"stop": ["x"] * 10_000}, 400, "stop"),
+    ({"stop": ["x"] * 1_000}, 400, "stop"),
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, 400, "logit_bias"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
@@ -157,7 +156,7 @@ def schema(**root):
         {"$ref": "#"},
         {"type": "string", "pattern": "(a+)+b"},
         {"type": "string", "maxLength": 10**9},
-        {"enum": list(range(20_000))},
+        {"enum": list(range(2_000))},
         {"enum": list(range(200))},
         {
             "a": {
@@ -251,6 +250,7 @@ async def test_unknown_paths_do_not_grow_the_metrics(client):
 async def test_a_client_that_leaves_cancels_the_work():
     from starlette.requests import Request
 
+    from serving.errors import ClientLeftError
     from serving.waiting import Deadline, until_answered
 
     cancelled = asyncio.Event()
@@ -265,6 +265,6 @@ async def test_a_client_that_leaves_cancels_the_work():
     async def receive():
         return {"type": "http.disconnect"}
 
-    with contextlib.suppress(asyncio.CancelledError):
+    with pytest.raises(ClientLeftError):
         await until_answered(Request({"type": "http"}, receive), Deadline(60), work())
     assert await asyncio.wait_for(cancelled.wait(), 1)

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoProcessor
 
 from serving.batch.outcomes import Failure
-from serving.batch.prepare import Fitting, Preparer, prepare
+from serving.batch.prepare import Preparer, prepare
+from serving.fitting import Fitting
 from serving.images import ImageLimits, decode_image
 from serving.posts import Post
 from tests.checkpoints import write_processor, write_tokenizer

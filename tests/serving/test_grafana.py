@@ -37,12 +37,17 @@ SHOWN |= names("\n".join(v["definition"] for v in VARIABLES if v["type"] == "que
 
 def ours():
     """{a metric: the names of its series}, of every class in serving/metrics.py."""
-    registry = CollectorRegistry()
-    for _, kind in inspect.getmembers(metrics, inspect.isclass):
-        if kind.__module__ == metrics.__name__ and "registry" in inspect.signature(kind).parameters:
-            kind(registry=registry)
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(metrics, inspect.isclass)
+        if kind.__module__ == metrics.__name__ and "registry" in inspect.signature(kind).parameters
+    ]
+    registries = [CollectorRegistry() for _ in kinds]  # both homes count restarts, under one name
+    for kind, registry in zip(kinds, registries, strict=True):
+        kind(registry=registry)
     return {
         family.name: {family.name + suffix for suffix in SUFFIXES[family.type]}
+        for registry in registries
         for family in registry.collect()
     }
 

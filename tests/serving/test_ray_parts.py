@@ -1,6 +1,7 @@
 """Parts of the Ray home without Ray: settings, suspects, merged metrics, waits."""
 
 import asyncio
+import pickle
 import time
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 pytest.importorskip("ray")
 from patches.config import Retention
 from serving.cluster.board import Board
-from serving.cluster.engine import Suspects, fingerprint, opened
+from serving.cluster.engine import opened
 from serving.cluster.replica import Work
 from serving.cluster.settings import RayAppSettings
 from serving.errors import BadRequestError, EngineDeadError
 from serving.protocol import Generation
 from serving.settings import DEMO
+from serving.suspects import Suspects, fingerprint
 from tests.pictures import noise
 from tests.serving.fake_engine import FakeEngine
 
@@ -36,9 +38,9 @@ def generation(text_ids=(1, 2), seed=0, **changes):
     return replace(request, **changes)
 
 
-def crash(num_together):
+def crash(num_together, engine=""):
     error = EngineDeadError("gone")
-    error.is_crash, error.num_together = True, num_together
+    error.is_crash, error.num_together, error.engine = True, num_together, engine
     return error
 
 
@@ -55,6 +57,18 @@ def test_a_request_that_was_alone_in_a_failed_engine_is_refused_for_good():
     with pytest.raises(BadRequestError, match="not tried again"):
         suspects.check(generation())
     suspects.check(generation(seed=1))
+
+
+def test_one_failure_strikes_the_same_question_once():
+    suspects = Suspects()
+    told = [suspects.add(generation(), crash(3, "first")).code for _ in range(3)]
+    assert told == ["engine_crashed"] * 3
+    assert suspects.add(generation(), crash(3, "second")).code == "quarantined"
+
+
+def test_what_an_error_says_of_its_engine_survives_pickling():
+    found = pickle.loads(pickle.dumps(crash(3, "first")))
+    assert (found.is_crash, found.num_together, found.engine) == (True, 3, "first")
 
 
 def test_one_among_others_may_come_again_once():
