@@ -260,11 +260,17 @@ def test_two_requests_on_one_connection_are_answered_in_order(server):
 
 def test_an_idle_connection_outlives_what_clients_keep(own_server):
     """Five seconds in httpx, so in OpenAI's client: who closes first breaks a request."""
-    with Raw(own_server.url) as client:
-        for _ in range(2):
+    for _ in range(5):  # a machine that holds this process up past the server's limit says nothing
+        with Raw(own_server.url) as client:
             client.send(head("GET", "/healthz"))
             assert client.some().startswith(b"HTTP/1.1 200")
-            time.sleep(5.4)
+            began = time.monotonic()
+            time.sleep(5.1)
+            client.send(head("GET", "/healthz"))
+            if time.monotonic() - began < CLIENT_TIMEOUT_S - 0.5:
+                assert client.some().startswith(b"HTTP/1.1 200")
+                return
+    raise AssertionError("this machine is too slow to tell")
 
 
 def is_idle(server):
