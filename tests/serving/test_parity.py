@@ -92,7 +92,7 @@ def test_labels_and_probabilities_equal_the_reference(case, ratio, selector):
 
 def select_in_worker(server, pixels, kept, selectors, seeds):
     raw = pixels.numpy().tobytes()
-    rpc = server.labeler.engine._llm.collective_rpc
+    rpc = server.labeler.engine.engine._llm.collective_rpc
     args = (raw, list(pixels.shape), kept, selectors, seeds)
     return server.call(rpc("sieve_select", args=args))[0]
 
