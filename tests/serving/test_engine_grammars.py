@@ -90,8 +90,9 @@ def test_after_a_schema_too_complex_nothing_compiles_it_any_more(demo_server):
     before = cpu_s()
     time.sleep(5)
     used = {pid: seconds - before.get(pid, 0) for pid, seconds in cpu_s().items()}
-    busy = {command_of(pid).replace(b"\0", b" "): s for pid, s in used.items() if s > 1}
-    assert not busy  # one that went on would take a core; idle engines take a little
+    busy = {command_of(pid)[:80]: seconds for pid, seconds in used.items() if seconds > 1}
+    # Who went on with it would take a core. Idle workers look for work all the time, and cannot.
+    assert not [name for name in busy if b"Worker" not in name], busy
 
 
 @pytest.mark.parametrize("eos", ["alone", "in company"])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HANG_TIMEOUT_S = 10
 START_TIMEOUT_S = 900
 
-pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2 * START_TIMEOUT_S)]
 
 
 def command_of(pid):
@@ -212,14 +212,12 @@ def test_a_killed_core_costs_nothing_but_time_and_its_adapters_are_as_they_were(
     assert server.label(**question(3, model="sentiment"))["model"] == "sentiment"
 
 
-@pytest.mark.long
 def test_a_killed_worker_costs_nothing_but_time(server):
     before = known(server)
     strike(server, lambda family: os.kill(family.worker, signal.SIGKILL))
     same(before, known(server))
 
 
-@pytest.mark.long
 def test_a_stopped_worker_is_a_hang_and_its_processes_are_gone(server):
     before = known(server)
     strike(server, lambda family: os.kill(family.worker, signal.SIGSTOP))
@@ -227,7 +225,6 @@ def test_a_stopped_worker_is_a_hang_and_its_processes_are_gone(server):
     assert "the engine hung" in server.log
 
 
-@pytest.mark.long
 def test_a_stream_whose_engine_is_killed_ends_with_an_error_event(server):
     family = server.family()
     body = slow_chat(1500, stream=True)
@@ -240,6 +237,10 @@ def test_a_stream_whose_engine_is_killed_ends_with_an_error_event(server):
     assert json.loads(events[-2])["error"]["code"] == "engine_restarting"
     assert events[-1] == "[DONE]"
     server.until_ready()
+
+
+def num_done(futures):
+    return sum(future.done() for future in futures)
 
 
 def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_nothing(server):
@@ -260,8 +261,8 @@ def test_sigterm_answers_the_stream_and_the_queue_refuses_the_rest_and_leaves_no
         assert started.wait(60)
         # More than the engine's four places: some of them wait in its queue.
         ask = [slow_chat(200, user=str(number)) for number in range(12)]
-        queued = [pool.submit(server.post, "/v1/chat/completions", each) for each in ask]
-        while server.metric("sieve_pending_requests") < 8:
+        queued = [pool.submit(kept.post, "/v1/chat/completions", json=each) for each in ask]
+        while num_done(queued) + server.metric("sieve_pending_requests") < 1 + len(queued):
             assert not streaming.done()
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
