@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import outlines_core as oc
+import torch
 from torch import Tensor
 
 from patches import canonical
@@ -32,6 +33,7 @@ def apply() -> None:
 
     if current_platform.is_cpu():
         lora_rows_on_cpu()
+        temperatures_on_cpu()
     bounded_grammars()
     grammars_without_queue()
     ids_without_tokens()
@@ -209,6 +211,38 @@ def lora_rows_on_cpu() -> None:
             raise RuntimeError(f"vLLM's {name} changed; see patches/repairs.py")
         setattr(lora_ops, name, repaired)  # the prefill variants call it from there
         setattr(punica_cpu, name, repaired)
+
+
+def temperatures_on_cpu() -> None:
+    """On CPU, a sampled chat beside a proposed label spoils both.
+
+    Symptom: with speculative decoding and a temperature above 0 in the batch, wrong ids are taken.
+    Mechanism: `_expand_kernel_impl` in `vllm/utils/cpu_triton_utils.py` (0.32.0) writes each row's
+    temperature into a copy that is thrown away, so logits are divided by uninitialised memory.
+    Remove when: it copies its result back, as the other functions there do.
+
+    Raises:
+        RuntimeError: upstream's function changed.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    upstream = rejection_sampler.expand_batch_to_tokens
+    if upstream is not expand_batch_to_tokens:
+        _expect(upstream, list(inspect.signature(expand_batch_to_tokens).parameters))
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    x: Tensor,
+    cu_num_tokens: Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> Tensor:
+    """A value a request `(B,)` as one a token `(T,)`; `cu_num_tokens` `(B,)` counts up to each."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)
 
 
 def _adapter_rows(weights: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -429,7 +429,19 @@ def engine_args(settings: Settings, room: LoraRoom | None) -> Any:
         worker_extension_cls="patches.worker.SieveWorker",
         max_logprobs=MAX_LOGPROBS,
         **(lora_args(room) if room else {}),
+        **(_PROPOSALS if settings.label_proposals else {}),
     )
+
+
+_PROPOSALS = {
+    "scheduler_cls": "patches.proposals.ProposingScheduler",
+    "speculative_config": {
+        "method": "custom_class",
+        "model": "patches.proposals.NoProposer",
+        "num_speculative_tokens": 8,
+    },
+}
+"""At most 8 ids are checked at once; a longer answer takes a further pass."""
 
 
 def _most_queued(settings: Settings) -> int | None:

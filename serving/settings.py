@@ -122,6 +122,12 @@ class Settings(BaseSettings):
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tower_batch_size: int = Field(8, gt=0, description="most images in one call of the tower")
     prefix_caching: bool = Field(True, description="reuse the KV of equal prompts")
+    label_proposals: bool = Field(
+        False,
+        description="check a label answer's likely rest in one pass of the model instead of a pass "
+        "a token: the same answers, sooner where a structure has several labels; chats then take "
+        "no logit_bias, and vLLM's asynchronous scheduling is off",
+    )
     enforce_eager: bool | None = Field(
         None, description="no compilation or CUDA graphs; by default on CPU only"
     )
