@@ -10,15 +10,18 @@ from pathlib import Path
 from bench import (
     batch,
     checks,
+    cost,
     faults,
     fuzz,
     homes,
     outages,
     overload,
     ramp,
+    report,
     server,
     shape,
     soak,
+    sweep,
     tower,
     traffic,
     training,
@@ -41,6 +44,9 @@ COMMANDS = {
     "overload": overload,
     "checks": checks,
     "load": traffic,
+    "sweep": sweep,
+    "report": report,
+    "cost": cost,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -64,6 +70,9 @@ examples:
   python -m bench overload                    who is answered at 1, 2 and 10 times capacity
   python -m bench checks                      what keys, limits and image workers cost
   python -m bench load http://127.0.0.1:8000  Locust load on a server that runs
+  python -m bench sweep --out runs/sweep      ratios: speed, goodput, accuracy; a report
+  python -m bench report --sweep FILE ...     a sweep, stages, shape and peers on one page
+  python -m bench cost                        FLOP, bytes and the least time of a post
   python -m bench shape --help                what a command measures, and its options
 """
 

@@ -49,6 +49,7 @@ class Request:
         status: of HTTP; 0 without an answer.
         kept: visual tokens that the model read.
         prompt_tokens: all tokens that it read.
+        completion_tokens: all that it wrote.
         label: the answered labels as a JSON object by field; of a chat its text.
         retry_after: what a refusal said of when to come again.
         error: why it has none, or what a refusal said.
@@ -69,6 +70,7 @@ class Request:
     status: int
     kept: int | None = None
     prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     label: str = ""
     retry_after: str = ""
     error: str
@@ -83,6 +85,14 @@ class Request:
     def first_byte_seconds(self) -> float | None:
         """From when it was due to the first byte of its answer."""
         return None if self.first_byte_s is None else self.first_byte_s - self.intended_s
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those that it was answered with, by field; none of a chat or where it was not."""
+        if self.status != 200 or not self.label.startswith("{"):
+            return {}
+        found: dict[str, str] = json.loads(self.label)
+        return found
 
     @property
     def lag_s(self) -> float:
@@ -204,14 +214,14 @@ class Senders:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def start(self, folder: Path) -> float:
+    def start(self, folder: Path, start_in_s: float = START_IN_S) -> float:
         """Starts a folder's plan once its bodies are read; returns when, since the epoch."""
         self._folder = folder
         for path in self._row_files():
             path.unlink(missing_ok=True)
         self._say(json.dumps(str(folder)))
         self._hear("ready")
-        start_at = time.time() + START_IN_S
+        start_at = time.time() + start_in_s
         self._say(str(start_at))
         return start_at
 
@@ -233,9 +243,9 @@ class Senders:
         write_rows(self._folder / "requests.csv", found)
         return found
 
-    def send(self, folder: Path) -> list[Request]:
+    def send(self, folder: Path, start_in_s: float = START_IN_S) -> list[Request]:
         """Sends a folder's plan and waits for its end."""
-        self.start(folder)
+        self.start(folder, start_in_s)
         return self.rows()
 
     def stop(self) -> None:
@@ -310,7 +320,7 @@ class Generator:
 
 
 COLUMNS = tuple(field.name for field in fields(Request) if field.name != "is_dropped")
-_WHOLE, _REAL = ("number", "status", "kept", "prompt_tokens"), ("ratio",)
+_WHOLE, _REAL = ("number", "status", "kept", "prompt_tokens", "completion_tokens"), ("ratio",)
 
 
 def read_rows(path: Path) -> list[Request]:

@@ -127,8 +127,7 @@ def read(found: Call) -> Row:
 def _read_body(answer: dict[str, Any]) -> Row:
     if "choices" in answer:
         label = answer["choices"][0]["message"]["content"]
-        tokens = answer["usage"]["prompt_tokens"]
-        return {"adapter": answer["model"], "prompt_tokens": tokens, "label": label}
+        return {"adapter": answer["model"], "label": label, **_tokens(answer)}
     retention = answer["retention"]
     return {
         "adapter": answer["model"],
@@ -136,9 +135,14 @@ def _read_body(answer: dict[str, Any]) -> Row:
         "kept": retention["kept"],
         "selector": retention.get("selector"),
         "structure": answer.get("label_structure"),
-        "prompt_tokens": answer.get("usage", {}).get("prompt_tokens"),
         "label": json.dumps(answer["labels"]) if "labels" in answer else None,
+        **_tokens(answer),
     }
+
+
+def _tokens(answer: dict[str, Any]) -> Row:
+    usage = answer.get("usage") or {}
+    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens") if name in usage}
 
 
 def _read_stream(text: str) -> Row:
@@ -147,10 +151,8 @@ def _read_stream(text: str) -> Row:
         return {"status": 0, "error": f"the stream ended early: {events[-1][:200]}"}
     chunks = [json.loads(event) for event in events[:-1]]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
-    tokens = [chunk["usage"]["prompt_tokens"] for chunk in chunks if chunk.get("usage")]
     label = "".join(delta.get("content") or "" for delta in deltas)
-    read = {"adapter": chunks[0]["model"], "label": label}
-    return read | ({"prompt_tokens": tokens[-1]} if tokens else {})
+    return {"adapter": chunks[0]["model"], "label": label, **_tokens(chunks[-1])}
 
 
 class Run:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -288,11 +287,3 @@ def _notes(rows: Sequence[Request], void: Sequence[str], options: argparse.Names
     notes += [f"failed: {error}" for error in sorted(failed)[:5]]
     cells = [["-" if cell is None else cell for cell in row] for row in _asked_rows(rows)]
     return [*notes, f"by what was asked:\n\n{markdown_table(_ASKED_HEADERS, cells)}"]
-
-
-def labels_of(row: Request) -> dict[str, str]:
-    """The labels that a request was answered with; none where it was not."""
-    if row.status != 200 or not row.label.startswith("{"):
-        return {}
-    found: dict[str, str] = json.loads(row.label)
-    return found

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bench import mix, traffic
+from bench import mix
 from bench.__main__ import build_parser, main
 from bench.generator import Planned, Request, Senders, Sending, read_rows, write_requests
 from bench.latency import Share, least_samples, percentile_ms
@@ -170,7 +170,7 @@ def test_a_row_has_all_that_is_known_of_a_request(tmp_path, target):
         (row,) = senders.send(plan(tmp_path / "a", target.url, 1))
     assert (row.adapter, row.ratio, row.kept, row.prompt_tokens) == ("demo", 0.5, 32, 52)
     assert (row.structure, row.selector, row.phase) == ("sentiment", "cls", "p")
-    assert traffic.labels_of(row) == LABELS
+    assert row.labels == LABELS
     assert 0 <= row.intended_s <= row.sent_s <= row.first_byte_s <= row.done_s
 
 
@@ -280,7 +280,7 @@ def test_rows_without_labels_have_none():
         error="busy",
         is_dropped=False,
     )
-    assert traffic.labels_of(row) == {}
+    assert row.labels == {}
 
 
 def test_locusts_own_command_runs_the_locustfile_in_open_loop(tmp_path, target):
