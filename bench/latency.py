@@ -59,12 +59,12 @@ class Share:
     @property
     def low(self) -> float:
         """Lower end of Wilson's 95 % interval."""
-        return self._middle() - self._half()
+        return max(0.0, self._middle() - self._half())
 
     @property
     def high(self) -> float:
         """Its upper end."""
-        return self._middle() + self._half()
+        return min(1.0, self._middle() + self._half())
 
     def _middle(self) -> float:
         return (self.value + Z_95**2 / (2 * self.count)) / (1 + Z_95**2 / self.count)

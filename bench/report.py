@@ -3,7 +3,7 @@
   python -m bench report --sweep runs/sweep/report.json --stages stages.json --out runs/report
 
 Writes report.md, report.html (one file: no script, no outside asset, light and dark), report.json
-and cells.csv. It has the table of ratios, macro-F1 against posts/s with beaten points hollow,
+and cells.csv. It has the table of ratios, macro-F1 against posts/s with dominated points hollow,
 latency against load, stage bars, speed-ups beside the paper's Table 4 and the FLOP model, peers,
 what a post costs, the environment and the exact command. `bench sweep` writes the same by itself.
 Goal: everything that a number needs to be believed, beside it. Options have no default but --out.

@@ -21,7 +21,7 @@ STYLE = """
   --series-4: #d3a32c; --series-5: #dd6a9b; --series-6: #52b4cb;
   --shade-0: #cde2fb; --shade-1: #9ec5f4; --shade-2: #6da7ec; --shade-3: #3987e5;
   --shade-4: #2a68b8; --shade-5: #1f5090; } }
-body { margin: 0 auto; max-width: 1080px; padding: 2rem 1.25rem 4rem; background: var(--page);
+body { margin: 0 auto; max-width: 1240px; padding: 2rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 .lead { color: var(--muted); margin: 0 0 1.5rem; }
@@ -32,8 +32,8 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.
 .figures dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .figures small { display: block; font-size: .8rem; color: var(--muted); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap;
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -41,6 +41,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 ul { padding-left: 1.1rem; color: var(--muted); font-size: .85rem; }
 pre { background: var(--panel); border-radius: 8px; padding: .75rem 1rem; overflow-x: auto; }
 svg { width: 100%; max-width: 860px; height: auto; display: block; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
+  gap: 1rem; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .tick { fill: var(--muted); } svg .title { fill: var(--muted); font-size: 13px; }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }

@@ -122,7 +122,7 @@ _CLOSE = {"circle": "</circle>", "square": "</rect>", "triangle": "</path>", "di
 
 
 def pareto(cells: Sequence[Found]) -> str:
-    """F1 against posts/s: error bars both ways, beaten cells hollow, a line through the others."""
+    """F1 against posts/s: error bars both ways, dominated cells hollow, a line through the others."""
     points = [cell for cell in cells if cell["posts_per_s"] and cell["macro_f1"]]
     axes = Axes(x=_ticks(points, "posts_per_s", "median"), y=_ticks(points, "macro_f1", "value"))
     selectors = list(dict.fromkeys(cell["selector"] for cell in cells))
@@ -165,7 +165,7 @@ def _point(axes: Axes, cell: Found, place: int) -> str:
     fill = "var(--page)" if cell["dominated"] else colour
     hint = (
         f"{cell['name']}: {cell['posts_per_s']['median']:.1f} posts/s, "
-        f"F1 {cell['macro_f1']['value']:.3f}{', beaten' if cell['dominated'] else ''}"
+        f"F1 {cell['macro_f1']['value']:.3f}{', dominated' if cell['dominated'] else ''}"
     )
     found = mark(_MARKS[place], x, y, f"fill:{fill};stroke:{colour}", hint)
     return found + text(x + 10, y - 8, f"{cell['ratio']:g}", "label")
@@ -180,15 +180,17 @@ def _selector_legend(axes: Axes, selectors: Sequence[str]) -> list[str]:
         parts.append(mark(_MARKS[kind], left, y - 4, f"fill:{colour};stroke:{colour}", selector, 5))
         parts.append(text(left + 12, y, selector, "label"))
     y = axes.top + 14 + 22 * len(selectors)
-    parts.append(mark("circle", left, y - 4, "fill:var(--page);stroke:var(--muted)", "beaten", 5))
-    return [*parts, text(left + 12, y, "beaten", "label")]
+    parts.append(
+        mark("circle", left, y - 4, "fill:var(--page);stroke:var(--muted)", "dominated", 5)
+    )
+    return [*parts, text(left + 12, y, "dominated", "label")]
 
 
 def latency(points: Sequence[Found], goal_ms: float | None) -> str:
     """p50 and p95 by rate, a line a ratio; hollow where the generator fell behind."""
     ratios = sorted({point["ratio"] for point in points}, reverse=True)
     panels = [_panel(points, ratios, name, goal_ms) for name in ("p50_ms", "p95_ms")]
-    return "".join(panels)
+    return f'<div class="pair">{"".join(panels)}</div>'
 
 
 def _panel(

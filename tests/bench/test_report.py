@@ -101,7 +101,7 @@ def pictures(text):
     }
 
 
-def test_the_pareto_picture_has_a_point_a_cell_with_both_bars_and_beaten_ones_hollow(sweep):
+def test_the_pareto_picture_has_a_point_a_cell_with_both_bars_and_dominated_ones_hollow(sweep):
     picture = pictures(html(sweep, {}))["Macro-F1 against posts a second"]
     assert len(picture.findall(".//line[@class='bar']")) == 2 * len(sweep["results"]["cells"])
     hints = {
@@ -111,7 +111,7 @@ def test_the_pareto_picture_has_a_point_a_cell_with_both_bars_and_beaten_ones_ho
     }
     assert len(hints) == len(sweep["results"]["cells"])
     for hint, style in hints.items():
-        assert ("fill:var(--page)" in style) == hint.endswith("beaten")
+        assert ("fill:var(--page)" in style) == hint.endswith("dominated")
 
 
 def test_marks_and_bars_lie_within_their_picture(sweep, others):

@@ -43,7 +43,7 @@ def test_ratio_one_is_one_cell_since_all_selectors_keep_all():
 
 
 @given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5))))
-def test_a_point_is_beaten_if_and_only_if_another_is_no_worse_and_once_better(points):
+def test_a_point_is_dominated_if_and_only_if_another_is_no_worse_and_once_better(points):
     beaten = dominated(points)
     for name, (x, y) in points.items():
         better = [
