@@ -122,7 +122,7 @@ _CLOSE = {"circle": "</circle>", "square": "</rect>", "triangle": "</path>", "di
 
 
 def pareto(cells: Sequence[Found]) -> str:
-    """F1 against posts/s: error bars both ways, dominated cells hollow, a line through the others."""
+    """F1 against posts/s: error bars both ways, dominated cells hollow, a line along the others."""
     points = [cell for cell in cells if cell["posts_per_s"] and cell["macro_f1"]]
     axes = Axes(x=_ticks(points, "posts_per_s", "median"), y=_ticks(points, "macro_f1", "value"))
     selectors = list(dict.fromkeys(cell["selector"] for cell in cells))

@@ -1,8 +1,8 @@
 """The sweep: cells, quality, goodput and results; no server is started here."""
 
 import json
-import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,14 +228,19 @@ def test_goodput_is_searched_for_every_cell_to_its_end(tmp_path, target):
         assert all(len(each.rows) == 8 for each in search.probes)
 
 
-def test_connections_are_doubled_only_while_that_pays(tmp_path, target):
-    target.wait_s, target.places = 0.1, threading.Semaphore(4)
+class Saturating:
+    """Instead of a sweeper: so many posts/s a connection, up to a cell's most."""
+
+    def block(self, cell, posts, connections, phase):
+        most = {1.0: 40.0, 0.4: 90.0}[cell.ratio]
+        return SimpleNamespace(posts_per_s=min(5.0 * connections, most))
+
+
+def test_connections_are_doubled_while_that_pays_and_are_enough_for_every_cell():
     found = Swept(posts={})
-    with Senders(tmp_path / "log") as senders:
-        sweeper = Sweeper(target.url, senders, tmp_path, None, 10)
-        enough = find_connections(sweeper, CELLS[:1], posts(40), found)
-    assert enough in (4, 8)
-    assert len(found.levels) <= 3
+    assert find_connections(Saturating(), CELLS[:2], [], found) == 32
+    tried = [(cell.ratio, connections) for cell, connections, _ in found.levels]
+    assert tried == [(1.0, 4), (1.0, 8), (1.0, 16)] + [(0.4, n) for n in (4, 8, 16, 32, 64)]
 
 
 @pytest.mark.parametrize(
