@@ -23,10 +23,11 @@ minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="labelled posts (default the demo's, made on the spot)")
     add("--field", help="whose labels count (default multimodal, or the answer's last)")
     add("--out", type=Path, default=Path("runs/sweep"), help="folder (default runs/sweep)")
-    server = parser.add_argument_group("server")
+    server = parser.add_argument_group("server", "ignored with --server, but for --ask and --model")
     add = server.add_argument
+    add("--server", help="URL of a server that runs (without prefix cache), instead of one's own")
     add("--model", default=str(DEMO / "base"), help="checkpoint folder (default the demo)")
     add("--adapters", type=Path, help="adapters folder (default the demo's with the demo)")
     add("--ask", help="model or adapter that answers (default llavac with the demo, or the base)")
@@ -145,11 +147,10 @@ def _measure(
     posts: Sequence[Content],
     options: argparse.Namespace,
 ) -> Found:
-    server = our_server(settings, options.threads)
     found = Found(posts={post.id: post for post in posts})
     senders = Senders(options.out / "generator.log", options.processes)
-    with running([server], options.out), senders:
-        sweeper = Sweeper(server.url, senders, work, options.ask, options.timeout_s)
+    with senders, _served(settings, options) as url:
+        sweeper = Sweeper(url, senders, work, options.ask, options.timeout_s)
         levels = [cells[0], cells[-1]]
         found.connections = find_connections(sweeper, levels, posts[:_NUM_WARM], found)
         found.connections = options.connections or found.connections
@@ -159,6 +160,17 @@ def _measure(
         last = sweeper.tower_images()
         found.num_tower_images = None if last is None or tower is None else last - tower
     return found
+
+
+@contextlib.contextmanager
+def _served(settings: Settings, options: argparse.Namespace) -> Iterator[str]:
+    """The URL of a server that answers."""
+    if options.server is not None:
+        yield options.server.rstrip("/")
+        return
+    server = our_server(settings, options.threads)
+    with running([server], options.out):
+        yield server.url
 
 
 def _sweep(

@@ -47,7 +47,7 @@ class Target:
             "label_structure": body.get("label_structure", "sentiment"),
             "labels": LABELS,
             "retention": retention,
-            "usage": {"prompt_tokens": 20 + retention["kept"]},
+            "usage": {"prompt_tokens": 20 + retention["kept"], "completion_tokens": 5},
         }
 
     def chunks(self, body):
@@ -61,7 +61,10 @@ def _handler(target):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self._answer({"data": [{"id": "demo"}]})
+            if self.path == "/metrics":
+                self._send("text/plain", f"sieve_tower_images {len(target.bodies)}\n".encode())
+            else:
+                self._answer({"data": [{"id": "demo"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -72,9 +75,11 @@ def _handler(target):
                     self._answer(target.label(body))
 
         def _answer(self, body):
-            raw = json.dumps(body).encode()
+            self._send("application/json", json.dumps(body).encode())
+
+        def _send(self, kind, raw):
             self.send_response(200)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", kind)
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)

@@ -243,6 +243,33 @@ def test_connections_are_doubled_while_that_pays_and_are_enough_for_every_cell()
     assert tried == [(1.0, 4), (1.0, 8), (1.0, 16)] + [(0.4, n) for n in (4, 8, 16, 32, 64)]
 
 
+def test_a_whole_sweep_of_a_running_server_writes_its_report(tmp_path, target, capsys):
+    with (tmp_path / "posts.jsonl").open("w") as file:
+        for number in range(24):
+            labels = {"multimodal": "neutral" if number % 3 else "positive"}
+            image = picture_url(0, number, (16, 16))
+            row = {"id": str(number), "text": "a post", "image": image, "labels": labels}
+            file.write(json.dumps(row) + "\n")
+    argv = ["sweep", "--server", target.url, "--data", str(tmp_path / "posts.jsonl")]
+    argv += ["--ratios", "1", "0.5", "--selectors", "cls", "stride", "--rounds", "3"]
+    argv += ["--block", "6", "--probe", "8", "--connections", "4", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--json", str(tmp_path / "sweep.json")]) == 0
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert set(found) == {"environment", "title", "settings", "results", "notes", "samples"}
+    cells = found["results"]["cells"]
+    assert [cell["name"] for cell in cells] == ["1/cls", "0.5/cls", "0.5/stride"]
+    assert [(cell["requests"], cell["failures"]) for cell in cells] == [(18, 0)] * 3
+    assert [cell["kept"] for cell in cells] == [64, 32, 32]
+    assert cells[0]["accuracy"]["value"] == pytest.approx(2 / 3)  # the stub says neutral
+    caches = found["results"]["caches"]
+    assert caches["images"] == caches["tower_images"]
+    assert found["results"]["latency"]
+    assert len(found["samples"]) == 9
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"report.md", "report.html", "report.json", "cells.csv", "requests.csv"} <= written
+    assert "0.5" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
