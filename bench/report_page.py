@@ -20,7 +20,7 @@ STYLE = """
   --series-0: #4b93ea; --series-1: #e4784a; --series-2: #2fae82; --series-3: #a586e0;
   --series-4: #d3a32c; --series-5: #dd6a9b; --series-6: #52b4cb;
   --shade-0: #cde2fb; --shade-1: #9ec5f4; --shade-2: #6da7ec; --shade-3: #3987e5;
-  --shade-4: #2a68b8; --shade-5: #1f5090; } }
+  --shade-4: #3175c6; --shade-5: #2d62a6; } }
 body { margin: 0 auto; max-width: 1240px; padding: 2rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }

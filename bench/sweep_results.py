@@ -211,7 +211,7 @@ def _notes(results: Mapping[str, Any], options: argparse.Namespace) -> list[str]
     ]
     if results["num_judged"]:
         notes.append(
-            f"macro-F1 of `{results['field']}` on {results['num_judged']} posts, the same for all "
+            f"macro-F1 of '{results['field']}' on {results['num_judged']} posts, the same for all "
             "cells; difference to 1.0 over the same draws of posts"
         )
     else:
