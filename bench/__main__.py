@@ -10,16 +10,20 @@ from pathlib import Path
 from bench import (
     batch,
     checks,
+    cost,
     faults,
     fuzz,
     homes,
     outages,
     overload,
     ramp,
+    report,
     server,
     shape,
     soak,
+    sweep,
     tower,
+    traffic,
     training,
 )
 from bench.environment import describe
@@ -39,6 +43,10 @@ COMMANDS = {
     "soak": soak,
     "overload": overload,
     "checks": checks,
+    "load": traffic,
+    "sweep": sweep,
+    "report": report,
+    "cost": cost,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -61,6 +69,10 @@ examples:
   python -m bench soak --minutes 20           what grows, what fails while all goes on at once
   python -m bench overload                    who is answered at 1, 2 and 10 times capacity
   python -m bench checks                      what keys, limits and image workers cost
+  python -m bench load http://127.0.0.1:8000  Locust load on a server that runs
+  python -m bench sweep --out runs/sweep      ratios: speed, goodput, accuracy; a report
+  python -m bench report --sweep FILE ...     a sweep, stages, shape and peers on one page
+  python -m bench cost                        FLOP, bytes and the least time of a post
   python -m bench shape --help                what a command measures, and its options
 """
 

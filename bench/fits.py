@@ -51,10 +51,10 @@ class Fit:
     losses: Mapping[int, float]
 
 
-def write_posts(folder: Path, count: int, seed: int) -> Path:
+def write_posts(folder: Path, count: int, seed: int, split: str = "train") -> Path:
     """Synthetic posts in MVSA's layout, by the trainer's own command."""
     arguments = ["-m", "train", "posts", "--out", str(folder), "--count", str(count)]
-    arguments += ["--split", "train", "--balanced", "--seed", str(seed)]
+    arguments += ["--split", split, "--balanced", "--seed", str(seed)]
     run_python(arguments, folder.with_suffix(".log"), num_threads=1)
     return folder
 
