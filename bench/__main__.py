@@ -49,7 +49,7 @@ Leave the machine alone while a command runs.
 
 examples:
   python -m bench tower                       the vision tower beside vLLM's own, scoring's share
-  python -m bench shape --layers 2            seconds, to see that it works; without --layers: 7B
+  python -m bench shape clip-l                real shapes, random weights; by default 7B
   python -m bench server --json server.json   our HTTP server beside vLLM's
   python -m bench training --rounds 5         our trainer beside a plain Hugging Face script
   python -m bench ramp --plot ramp.png        engines on Ray that follow a load
