@@ -125,7 +125,7 @@ def _lora_arguments(settings: Settings) -> list[str]:
     """The same adapters, rank and slots as `serving.engine` asks for."""
     if settings.adapters_folder is None:
         return []
-    adapters = asyncio.run(_served_adapters(settings))
+    adapters = served_adapters(settings)
     room = lora_room(settings, adapters)
     if room is None or not adapters:
         return []
@@ -133,6 +133,11 @@ def _lora_arguments(settings: Settings) -> list[str]:
     limits += ["--max-cpu-loras", str(room.max_cpu_loras)]
     modules = [f"{adapter.name}={Path(adapter.path).resolve()}" for adapter in adapters]
     return ["--enable-lora", *limits, "--lora-modules", *modules]
+
+
+def served_adapters(settings: Settings) -> list[Adapter]:
+    """The adapters that a server with these settings has."""
+    return asyncio.run(_served_adapters(settings))
 
 
 async def _served_adapters(settings: Settings) -> list[Adapter]:
