@@ -20,6 +20,7 @@ from bench import (
     shape,
     soak,
     tower,
+    traffic,
     training,
 )
 from bench.environment import describe
@@ -39,6 +40,7 @@ COMMANDS = {
     "soak": soak,
     "overload": overload,
     "checks": checks,
+    "load": traffic,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -61,6 +63,7 @@ examples:
   python -m bench soak --minutes 20           what grows, what fails while all goes on at once
   python -m bench overload                    who is answered at 1, 2 and 10 times capacity
   python -m bench checks                      what keys, limits and image workers cost
+  python -m bench load http://127.0.0.1:8000  Locust load on a server that runs
   python -m bench shape --help                what a command measures, and its options
 """
 

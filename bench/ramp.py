@@ -6,6 +6,8 @@ request was due. Meanwhile /metrics is read once a second.
 
   ramp      low, up, high, down, low: from the fewest engines to the most and back
   constant  one rate
+  step      plateaus of rising rate
+  trace     when the requests of a file were due
   once      silence, one request, silence; with --replicas 0-2: from zero engines to one and back
 
 Goal: as many engines as the load needs, within what an engine takes to start; back to the fewest
@@ -28,10 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from bench import profiles
 from bench.generator import Generator, Request, void_reasons, write_plan
 from bench.outcome import BenchError, Outcome, positive, progress
 from bench.processes import Server, free_port, running
-from bench.profiles import PROFILES, SPACINGS, Arrival, Phase, schedule
+from bench.profiles import PROFILES, Arrival, Phase, schedule
 from bench.ramp_plot import PLOT_KINDS, draw, load_matplotlib
 from bench.statistics import Sample
 from bench.tables import markdown_table
@@ -49,15 +52,8 @@ _SHOW_EVERY_S = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
+    profiles.add_arguments(parser, default="ramp")
     add = parser.add_argument
-    add("--profile", choices=sorted(PROFILES), default="ramp", help="of the load (default ramp)")
-    add("--low", type=_rate, default=3.0, help="requests/s before and after (default 3)")
-    add("--high", type=_rate, default=15.0, help="requests/s on the plateau (default 15)")
-    add("--before-s", type=positive, default=20, help="seconds before the ramp (default 20)")
-    add("--slope-s", type=positive, default=40, help="seconds up, and down (default 40)")
-    add("--plateau-s", type=positive, default=90, help="seconds at --high (default 90)")
-    add("--after-s", type=positive, default=60, help="seconds after the ramp (default 60)")
-    add("--spacing", choices=SPACINGS, default="poisson", help="of arrivals (default poisson)")
     add("--model", help="model or adapter that requests name (default the base model)")
     add("--retention", type=float, default=1.0, help="share of visual tokens kept (default 1.0)")
     add("--picture-size", type=positive, default=224, help="pixels of a side (default 224)")
@@ -78,18 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zero-delay-s", type=float, default=10.0, help="seconds until zero (default 10)")
 
 
-def _rate(text: str) -> float:
-    rate = float(text)
-    if not 0 < rate < 1e5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate above 0")
-    return rate
-
-
 def run(options: argparse.Namespace) -> Outcome:
     """Starts what is to be started, sends the load, and stops everything."""
     _check(options)
     phases = PROFILES[options.profile](options)
-    arrivals = schedule(phases, options.seed, options.spacing)
+    arrivals = schedule(phases, options.seed, options.spacing, options.burstiness)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="sieve-ramp-"))
     with _served(options, folder) as url:
         start_at, rows, looks = _measure(options, folder, url, phases, arrivals)

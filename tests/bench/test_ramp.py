@@ -14,7 +14,7 @@ import pytest
 from bench import ramp
 from bench.__main__ import build_parser, main
 from bench.generator import Generator, Request, void_reasons, write_plan
-from bench.profiles import PROFILES, SPACINGS, Arrival, Phase, schedule
+from bench.profiles import BURSTINESS, PROFILES, SPACINGS, Arrival, Phase, schedule
 from bench.ramp_plot import binned_p95, binned_rates, draw
 from bench.watch import Look, events, read_look
 
@@ -76,15 +76,18 @@ def test_each_part_of_a_phase_has_the_rate_asked(spacing, phase):
     for begin in range(0, 100, 25):
         expected = 25 * (phase.start + slope * (begin + 12.5))
         count = np.sum((times >= begin) & (times < begin + 25))
-        slack = 1 if spacing == "even" else 4 * math.sqrt(expected)
+        spread = {"even": 0.0, "poisson": 1.0, "gamma": BURSTINESS}[spacing]
+        slack = 1 + 4 * math.sqrt(spread * expected)
         assert abs(count - expected) <= slack
 
 
-def test_poisson_gaps_vary_as_an_exponential_does_and_even_gaps_do_not():
-    flat = [Phase(name="flat", seconds=500, start=10, end=10)]
-    poisson, even = (np.diff([a.at_s for a in schedule(flat, 0, spacing)]) for spacing in SPACINGS)
-    assert np.std(poisson) / np.mean(poisson) == pytest.approx(1.0, abs=0.05)
-    assert np.allclose(even, 0.1)
+def test_poisson_gaps_vary_as_an_exponential_does_gamma_gaps_more_and_even_gaps_do_not():
+    flat = [Phase(name="flat", seconds=1000, start=10, end=10)]
+    gaps = {s: np.diff([a.at_s for a in schedule(flat, 0, s, 9.0)]) for s in SPACINGS}
+    variation = {spacing: np.std(each) / np.mean(each) for spacing, each in gaps.items()}
+    assert variation["poisson"] == pytest.approx(1.0, abs=0.05)
+    assert variation["gamma"] == pytest.approx(3.0, abs=0.3)
+    assert np.allclose(gaps["even"], 0.1)
 
 
 def test_once_is_one_request_between_two_silences():
@@ -93,8 +96,9 @@ def test_once_is_one_request_between_two_silences():
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_makes_requests_of_the_options_defaults(profile):
-    phases = PROFILES[profile](options())
+def test_every_profile_makes_requests_of_the_options_defaults(profile, tmp_path):
+    (tmp_path / "trace.jsonl").write_text('{"at_s": 2}\n{"at_s": 1.5}\n')
+    phases = PROFILES[profile](options("--trace", str(tmp_path / "trace.jsonl")))
     arrivals = schedule(phases, 0)
     assert arrivals
     assert {arrival.phase for arrival in arrivals} <= {phase.name for phase in phases}
