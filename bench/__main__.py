@@ -15,6 +15,7 @@ from bench import (
     homes,
     outages,
     overload,
+    peers,
     ramp,
     server,
     shape,
@@ -30,6 +31,7 @@ COMMANDS = {
     "tower": tower,
     "shape": shape,
     "server": server,
+    "peers": peers,
     "training": training,
     "ramp": ramp,
     "ray": homes,
@@ -53,6 +55,7 @@ examples:
   python -m bench tower                       the vision tower beside vLLM's own, scoring's share
   python -m bench shape clip-l                real shapes, random weights; by default 7B
   python -m bench server --json server.json   our HTTP server beside vLLM's
+  python -m bench peers                       ours beside vLLM's server, run_batch and Hugging Face
   python -m bench training --rounds 5         our trainer beside a plain Hugging Face script
   python -m bench ramp --plot ramp.png        engines on Ray that follow a load
   python -m bench ray --parts home            the Ray home beside one process
