@@ -39,6 +39,7 @@ from bench.checkpoints import write_shape
 from bench.flops import RATIOS, SHAPES, Shape
 from bench.kernels import Kernel, read_kernels
 from bench.outcome import BenchError, Outcome, positive, progress
+from bench.processes import stop_on_termination
 from bench.shape_engine import OURS, PROFILE_FOLDER, STRUCTURES_BY_ANSWER, THEIRS
 from bench.shape_process import GIB, Block, Room, ShapeEngine
 from bench.shape_table import Case, summarise
@@ -81,13 +82,15 @@ def run(options: argparse.Namespace) -> Outcome:
         options.answers = ["three"]
     if options.kv_cache_gib is None:
         options.kv_cache_gib = kv_cache_gib(shape, options)
-    with tempfile.TemporaryDirectory(prefix="sieve-shape-") as name:
+    with contextlib.ExitStack() as stack:
+        stop_on_termination(stack)
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="sieve-shape-"))
         folder = write_shape(Path(name), shape, options.tokenizer)
         room = Room.find(shape, options.kv_cache_gib)
         room.check(options.shape)
-        with contextlib.closing(Engines(folder, room, options)) as engines:
-            samples = list(time_cases(engines, options))
-            kernels = dict(profile(engines, folder, options)) if options.kernels else {}
+        engines = stack.enter_context(contextlib.closing(Engines(folder, room, options)))
+        samples = list(time_cases(engines, options))
+        kernels = dict(profile(engines, folder, options)) if options.kernels else {}
     notes = [_sharing(room, options), *_kernel_notes(kernels, room)]
     outcome = summarise(samples, shape, options, NUM_LABEL_TOKENS, notes)
     found: dict[str, Any] = dict(outcome.results)
