@@ -124,7 +124,7 @@ def serve_arguments(ask: Ask, load: str, posts: Path, count: int, seed: int) -> 
     arguments += ["--dataset-name", "custom_image", "--dataset-path", str(posts)]
     arguments += ["--num-prompts", str(count), "--disable-shuffle", "--seed", str(seed)]
     arguments += ["--custom-output-len", str(_MAX_TOKENS), "--extra-body", json.dumps(_extra())]
-    return [*arguments, "--disable-tqdm"]
+    return [*arguments, "--disable-tqdm", "--save-detailed"]  # else single requests are left out
 
 
 def outside(

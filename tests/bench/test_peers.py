@@ -1,27 +1,36 @@
 """Peers: who takes turns with whom, what is said of them, and whether two generators agree."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 
 from bench import agreement, peers
 from bench.__main__ import build_parser, main
 from bench.agreement import CLOSED, METRICS, OPEN, Figures, agreements, chat_body, serve_arguments
 from bench.batch_peer import STRUCTURE
 from bench.contest import Posts
+from bench.generator import CHAT
 from bench.line_process import LineProcess
 from bench.outcome import BenchError
 from bench.peer_arms import Labelled, paused, vllm_body
+from bench.processes import free_port
 from bench.statistics import Sample
 from serving.schema import ChatRequest
+from serving.settings import DEMO
 
 
 def options(*argv):
@@ -241,6 +250,67 @@ def test_vllm_is_asked_for_labels_as_training_spells_them():
     (labels,) = STRUCTURE.fields.values()
     assert body["structured_outputs"]["choice"] == [f" {label}" for label in labels]
     assert body["add_special_tokens"] is True
+
+
+class Listener:
+    """A server that answers each chat with a stream, and keeps what it was sent."""
+
+    def __init__(self):
+        self.bodies = []
+        self.app = FastAPI()
+        self.app.post(CHAT)(self.answer)
+
+    async def answer(self, body: dict[str, Any]) -> StreamingResponse:
+        self.bodies.append(body)
+        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+        chunks = [
+            {"model": body["model"], "choices": [{"index": 0, "delta": {"content": "neutral"}}]},
+            {"model": body["model"], "choices": [], "usage": usage},
+        ]
+        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+        return StreamingResponse(
+            iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream"
+        )
+
+    @contextlib.contextmanager
+    def listening(self):
+        port = free_port()
+        server = uvicorn.Server(uvicorn.Config(self.app, port=port, log_level="error"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.long
+def test_what_arrives_is_the_same_from_both_generators():
+    listener, posts, drawn = Listener(), Posts(0, (32, 32)), []
+
+    def fresh(count):
+        drawn.append(posts.block(count))
+        return drawn[-1]
+
+    with listener.listening() as url:
+        ask = agreement.Ask(
+            url=url, base=str(DEMO / "base"), model="sentiment", rate=50.0, concurrency=2
+        )
+        found = agreement.compare(ask, fresh, rounds=1, count=5, seed=0)
+    assert {(each.load, each.metric) for each in found} == {
+        (load, metric) for load in (OPEN, CLOSED) for metric in METRICS
+    }
+    assert all(each.ours > 0 and each.outside > 0 for each in found)
+    sent = [
+        json.dumps(chat_body("sentiment", post), sort_keys=True)
+        for block in drawn
+        for post in block
+    ]
+    arrived = [json.dumps(body, sort_keys=True) for body in listener.bodies]
+    assert len(drawn) == 2 * 2 * 2, "two generators, two loads, a warm-up round and one more"
+    assert sorted(arrived) == sorted(sent)
 
 
 @pytest.mark.long
