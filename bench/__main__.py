@@ -16,6 +16,7 @@ from bench import (
     homes,
     outages,
     overload,
+    peers,
     ramp,
     report,
     server,
@@ -33,6 +34,7 @@ COMMANDS = {
     "tower": tower,
     "shape": shape,
     "server": server,
+    "peers": peers,
     "training": training,
     "ramp": ramp,
     "ray": homes,
@@ -57,8 +59,9 @@ Leave the machine alone while a command runs.
 
 examples:
   python -m bench tower                       the vision tower beside vLLM's own, scoring's share
-  python -m bench shape --layers 2            seconds, to see that it works; without --layers: 7B
+  python -m bench shape clip-l                real shapes, random weights; by default 7B
   python -m bench server --json server.json   our HTTP server beside vLLM's
+  python -m bench peers                       ours beside vLLM's server, run_batch and Hugging Face
   python -m bench training --rounds 5         our trainer beside a plain Hugging Face script
   python -m bench ramp --plot ramp.png        engines on Ray that follow a load
   python -m bench ray --parts home            the Ray home beside one process

@@ -50,20 +50,26 @@ class Race:
 
 def write_inputs(posts: Sequence[Post], folder: Path, settings: Settings, ask: str) -> None:
     """The same posts with images within them: rows for us, chat requests for vLLM."""
-    template, bos = _template(settings.model)
+    adds_bos = chat_adds_bos(settings.model)
     with (folder / "ours.jsonl").open("w") as ours, (folder / "theirs.jsonl").open("w") as theirs:
         for post in posts:
             (image,) = [image_url(item) for item in post.images]
             ours.write(json.dumps({"id": post.id, "text": post.text, "image": image}) + "\n")
-            adds_bos = bos is not None and "bos_token" not in template and bos not in template
             body = chat(ask, post.text, image) | {"add_special_tokens": adds_bos}
-            request = {"custom_id": post.id, "method": "POST", "url": "/v1/chat/completions"}
-            theirs.write(json.dumps({**request, "body": body}) + "\n")
+            theirs.write(json.dumps(batch_row(post.id, body)) + "\n")
 
 
-def _template(model: str) -> tuple[str, str | None]:
+def batch_row(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of OpenAI's batch format."""
+    path = "/v1/chat/completions"
+    return {"custom_id": name, "method": "POST", "url": path, "body": dict(body)}
+
+
+def chat_adds_bos(model: str) -> bool:
+    """Whether vLLM must be told to add a BOS that the chat template lacks, as ours does."""
     tokenizer = load_tokenizer(model)
-    return tokenizer.chat_template or "", tokenizer.bos_token
+    template, bos = tokenizer.chat_template or "", tokenizer.bos_token
+    return bos is not None and "bos_token" not in template and bos not in template
 
 
 def chat(model: str, text: str, image: str) -> dict[str, Any]:

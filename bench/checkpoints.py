@@ -17,6 +17,8 @@ CHAT_TEMPLATE = (
 )
 IMAGE_TOKEN_ID = 32000
 _SPECIAL = ("<unk>", "<s>", "</s>")
+_WORDS = ("▁positive", "▁neutral", "▁negative")
+"""One piece each in Llama's tokenizer."""
 
 
 def write_shape(folder: Path, shape: Shape, tokenizer: Path | None) -> Path:
@@ -74,14 +76,19 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _make_tokenizer() -> Any:
-    """One token a byte, then filler: the length of a prompt is all that matters here."""
+    """One token a byte, labels of one token as in Llama's, then filler."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    letters = sorted(set("".join(_WORDS)))
+    # Each word grows from its first letter; a start that words share is one piece.
+    starts = [word[:end] for word in _WORDS for end in range(2, len(word) + 1)]
+    pieces = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    pieces += dict.fromkeys(starts)
     pieces += [f"▁filler{index}" for index in range(len(pieces), IMAGE_TOKEN_ID)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    merges = [(start[:-1], start[-1]) for start in dict.fromkeys(starts)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )

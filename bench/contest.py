@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 
 from bench.outcome import BenchError
+from bench.pictures import picture_url
 from bench.processes import Server, free_port
 from serving.adapters import lora_room
 from serving.protocol import Adapter
@@ -52,6 +54,28 @@ class Post:
 def make_text(seed: int, index: int) -> str:
     """Twelve words, the same for the same seed and index."""
     return " ".join(np.random.default_rng((seed, index, 1)).choice(_WORDS, 12))
+
+
+class Posts:
+    """Posts that were never sent before.
+
+    Args:
+        seed: of texts and images.
+        size: of the images.
+    """
+
+    def __init__(self, seed: int, size: tuple[int, int]) -> None:
+        self._seed, self._size, self._numbers = seed, size, itertools.count()
+
+    def fresh(self) -> Post:
+        """One more."""
+        number = next(self._numbers)
+        image = picture_url(self._seed, number, self._size)
+        return Post(text=make_text(self._seed, number), image=image)
+
+    def block(self, size: int) -> list[Post]:
+        """So many more."""
+        return [self.fresh() for _ in range(size)]
 
 
 def our_server(settings: Settings, num_threads: int) -> Server:
@@ -101,7 +125,7 @@ def _lora_arguments(settings: Settings) -> list[str]:
     """The same adapters, rank and slots as `serving.engine` asks for."""
     if settings.adapters_folder is None:
         return []
-    adapters = asyncio.run(_served_adapters(settings))
+    adapters = served_adapters(settings)
     room = lora_room(settings, adapters)
     if room is None or not adapters:
         return []
@@ -109,6 +133,11 @@ def _lora_arguments(settings: Settings) -> list[str]:
     limits += ["--max-cpu-loras", str(room.max_cpu_loras)]
     modules = [f"{adapter.name}={Path(adapter.path).resolve()}" for adapter in adapters]
     return ["--enable-lora", *limits, "--lora-modules", *modules]
+
+
+def served_adapters(settings: Settings) -> list[Adapter]:
+    """The adapters that a server with these settings has."""
+    return asyncio.run(_served_adapters(settings))
 
 
 async def _served_adapters(settings: Settings) -> list[Adapter]:
@@ -154,18 +183,28 @@ class Contest:
 
 
 async def closed_loop(
-    client: httpx.AsyncClient, requests: Sequence[tuple[str, Body]], concurrency: int
+    client: httpx.AsyncClient,
+    requests: Sequence[tuple[str, Body]],
+    concurrency: int,
+    answers: dict[int, Body] | None = None,
 ) -> float:
     """Seconds until all requests are answered, at most `concurrency` of them at once.
+
+    Args:
+        client: of the server.
+        requests: paths and bodies.
+        concurrency: connections.
+        answers: gets each request's answer by its position, where given.
 
     Raises:
         BenchError: an answer is not a 200; quotes it.
     """
-    waiting = iter(requests)
+    waiting = enumerate(requests)
+    found = {} if answers is None else answers
 
     async def worker() -> None:
-        for path, body in waiting:
-            await post_json(client, path, body)
+        for position, (path, body) in waiting:
+            found[position] = await post_json(client, path, body)
 
     started = time.perf_counter()
     try:

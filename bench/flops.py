@@ -39,6 +39,22 @@ class Shape:
         """P, visual tokens of an image at ratio 1.0."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of a checkpoint; norms and biases are well below 1 %."""
+        tower, text = self.tower_width, self.width
+        tower_layer = 4 * tower * tower + 2 * tower * self.tower_mlp
+        embedding = (3 * self.patch_size**2 + self.num_patches + 1) * tower
+        projector = tower * text + text * text
+        text_layer = 4 * text * text + 3 * text * self.mlp
+        language = self.layers * text_layer + 2 * self.vocab_size * text
+        return embedding + self.tower_layers * tower_layer + projector + language
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in bfloat16."""
+        return 2 * 2 * self.layers * self.width
+
     def tower_flops(self) -> float:
         """One image through the patch embedding and the layers that are run (all but one)."""
         positions, width = self.num_patches + 1, self.tower_width
@@ -87,3 +103,11 @@ class Shape:
         """The same for the language model's prefill alone."""
         full = self.prefill_flops(self.num_patches + text_tokens)
         return full / self.prefill_flops(num_kept(self.num_patches, ratio) + text_tokens)
+
+
+SHAPES = {
+    "llava-1.5-7b": Shape(),
+    "llava-1.5-13b": Shape(layers=40, width=5120, mlp=13824, heads=40),
+    "clip-l": Shape(layers=2, width=512, mlp=1376, heads=8),
+}
+"""What `bench shape` can take: the published two, and CLIP-L/336's tower on a small decoder."""

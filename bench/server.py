@@ -32,15 +32,13 @@ from bench.contest import (
     THEIRS,
     WORKLOADS,
     Contest,
-    Post,
+    Posts,
     closed_loop,
-    make_text,
     our_server,
     probe,
     their_server,
 )
 from bench.outcome import BenchError, Outcome, positive, progress
-from bench.pictures import picture_url
 from bench.processes import Server, running
 from bench.statistics import Sample, by_variant, interleaved, median, paired_ratio
 from serving.settings import DEMO, Settings
@@ -84,25 +82,10 @@ def run(options: argparse.Namespace) -> Outcome:
     return summarise(samples, notes, options)
 
 
-class _Posts:
-    """Posts that were never sent before."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed, self._numbers = seed, itertools.count()
-
-    def fresh(self) -> Post:
-        number = next(self._numbers)
-        image = picture_url(self._seed, number, _SIZE)
-        return Post(text=make_text(self._seed, number), image=image)
-
-    def block(self, size: int) -> list[Post]:
-        return [self.fresh() for _ in range(size)]
-
-
 async def _measure(
     servers: Sequence[Server], base: str, options: argparse.Namespace
 ) -> tuple[list[Sample], list[str]]:
-    posts = _Posts(options.seed)
+    posts = Posts(options.seed, _SIZE)
     async with contextlib.AsyncExitStack() as stack:
         limits = httpx.Limits(max_connections=options.concurrency)
         clients = {
@@ -122,7 +105,7 @@ async def _time_workload(
     workload: str,
     contest: Contest,
     clients: dict[str, httpx.AsyncClient],
-    posts: _Posts,
+    posts: Posts,
     options: argparse.Namespace,
 ) -> list[Sample]:
     samples = []

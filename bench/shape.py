@@ -1,180 +1,268 @@
-"""Speed at each retention ratio on LLaVA-1.5-7B's shape, beside the paper's and the FLOP model's.
+"""Speed at each retention ratio on a real LLaVA-1.5's shape, beside stock vLLM, model and paper.
 
-Random weights (speed does not depend on them) in bf16 on vLLM in this process, one request at a
-time, one decoded token; every request has a fresh image and --text-tokens of random text. Each
-round runs all ratios in an order drawn anew; a speed-up is ratio 1.0's time over the ratio's, of
-one round. The full shape takes 14 GB and about two minutes to load. Goal: above the paper's
-speed-up at each ratio.
+Random weights (speed does not depend on them) in bf16; nothing is fetched. Shapes: llava-1.5-7b
+(14 GB and KV cache, two minutes a start on two cores), llava-1.5-13b (27 GB), and clip-l, the tower
+of CLIP-L/336 on a small decoder; --layers and --tower-layers shrink any of them. On the GPU where
+vLLM finds one, else on the CPU. Every request has a fresh image and --text-tokens of random text.
+
+  single     one request at a time
+  saturated  --concurrency requests sent at once, until the last is answered
+  one        one label: `sentiment` under its constraint, with log-probabilities, 1 decoded token
+  three      three labels: `llavac` likewise, 5 decoded tokens (3 labels, 2 commas)
+
+Stock vLLM (its own LLaVA class, our plugin not loaded, same engine settings, as many tokens decoded
+freely) runs in the same run. Where two engines fit they stand side by side and all variants take
+turns within a round; where they do not (two processes cannot share weights), each round has both
+engines one after the other, in turning order. A speed-up is ratio 1.0's time over the ratio's, of
+one round; the FLOP model counts tower, projector, prefill and decoding.
+
+Goals: single, one label: above the paper's speed-up at each ratio. Saturated, one label: >= 0.9 of
+the FLOP model's speed-up at each. Three labels at 0.2: <= 1.6 times one label's time single, <= 1.3
+times saturated. The 7B shape takes 8 minutes a round on two cores; --loads, --answers and --ratios
+make it shorter. --kernels adds where the worker's time goes: kernels on a GPU, operators on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
+import itertools
+import math
+import os
 import tempfile
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.checkpoints import IMAGE_TOKEN_ID, write_shape
-from bench.flops import PAPER_SPEEDUPS, RATIOS, Shape
+from bench.checkpoints import write_shape
+from bench.flops import RATIOS, SHAPES, Shape
+from bench.kernels import Kernel, read_kernels
 from bench.outcome import BenchError, Outcome, positive, progress
-from bench.pictures import picture
-from bench.statistics import Sample, by_variant, interleaved, median, paired_ratio
+from bench.processes import stop_on_termination
+from bench.shape_engine import OURS, PROFILE_FOLDER, STRUCTURES_BY_ANSWER, THEIRS
+from bench.shape_process import GIB, Block, Room, ShapeEngine
+from bench.shape_table import Case, summarise
+from bench.statistics import Sample, interleaved
 from patches.config import Retention
-from serving.settings import Settings
 
-NUM_LABEL_TOKENS = {"one": 1, "three": 6}
-"""Decoded tokens: one label, or three with their commas and the end token."""
+NUM_LABEL_TOKENS = {"one": 1, "three": 5}
+"""Decoded tokens of an answer, where labels and commas are one token each, as Llama's are."""
+LOADS = ("single", "saturated")
+_KERNEL_RATIOS = (1.0, 0.2)
+_BLOCK_TOKENS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     add = parser.add_argument
-    add("--rounds", type=positive, default=4, help="timed rounds (default 4)")
-    add("--warmup", type=positive, default=1, help="rounds before, not counted (default 1)")
-    add("--layers", type=positive, default=32, help="layers of the language model (default 32)")
-    add("--tower-layers", type=positive, default=24, help="layers of the tower (default 24)")
+    add("shape", nargs="?", default="llava-1.5-7b", choices=SHAPES, help="default llava-1.5-7b")
+    add("--rounds", type=positive, default=3, help="timed rounds (default 3)")
+    add("--warmup", type=positive, default=1, help="requests a ratio after a start (default 1)")
+    add("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD")
+    answers = list(STRUCTURES_BY_ANSWER)
+    add("--answers", nargs="+", choices=answers, default=answers, metavar="ANSWER")
+    add("--three-label", action="store_true", help="short for --answers three")
+    add("--ratios", nargs="+", type=float, default=list(RATIOS), help="1.0 first (default all)")
+    add("--concurrency", type=positive, default=8, help="requests of `saturated` (default 8)")
+    add("--no-stock", action="store_true", help="without stock vLLM beside it")
+    add("--layers", type=positive, help="layers of the language model (default the shape's)")
+    add("--tower-layers", type=positive, help="layers of the tower (default the shape's)")
     add("--text-tokens", type=positive, default=50, help="prompt beside the image (default 50)")
-    add("--three-label", action="store_true", help="decode 6 tokens, a three-label answer")
     add("--selector", default="cls", help="which patches are kept (default cls)")
     add("--tokenizer", type=Path, help="folder of Llama's tokenizer; without it a small one")
-    add("--kv-cache-gib", type=positive, default=2, help="KV cache on CPU (default 2)")
+    add("--kv-cache-gib", type=positive, help="KV cache on CPU (default: as the load needs)")
+    add("--kernels", action="store_true", help="also profile a saturated block at 1.0 and 0.2")
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Loads the shape once and times every ratio."""
-    if options.tower_layers < 2 or options.text_tokens < 2:
+    """Starts the engines, times every case, stops them."""
+    shape = chosen_shape(options)
+    if options.three_label:
+        options.answers = ["three"]
+    if options.kv_cache_gib is None:
+        options.kv_cache_gib = kv_cache_gib(shape, options)
+    with contextlib.ExitStack() as stack:
+        stop_on_termination(stack)
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="sieve-shape-"))
+        folder = write_shape(Path(name), shape, options.tokenizer)
+        room = Room.find(shape, options.kv_cache_gib)
+        room.check(options.shape)
+        engines = stack.enter_context(contextlib.closing(Engines(folder, room, options)))
+        samples = list(time_cases(engines, options))
+        kernels = dict(profile(engines, folder, options)) if options.kernels else {}
+    notes = [_sharing(room, options), *_kernel_notes(kernels, room)]
+    outcome = summarise(samples, shape, options, NUM_LABEL_TOKENS, notes)
+    found: dict[str, Any] = dict(outcome.results)
+    for ratio, each in kernels.items():
+        found[str(ratio)]["kernels"] = [vars(kernel) for kernel in each]
+    return replace(outcome, results=found)
+
+
+def chosen_shape(options: argparse.Namespace) -> Shape:
+    """The shape with the layers that were asked for.
+
+    Raises:
+        BenchError: an option cannot work; said before anything starts.
+    """
+    shape = SHAPES[options.shape]
+    layers, tower_layers = options.layers, options.tower_layers
+    shape = replace(shape, layers=layers or shape.layers)
+    shape = replace(shape, tower_layers=tower_layers or shape.tower_layers)
+    if shape.tower_layers < 2 or options.text_tokens < 2:
         raise BenchError("--tower-layers and --text-tokens start at 2")
-    try:
-        Retention(selector=options.selector)
-    except ValueError as error:
-        raise BenchError(f"--selector: {error}") from error
-    shape = Shape(layers=options.layers, tower_layers=options.tower_layers)
-    with tempfile.TemporaryDirectory(prefix="sieve-shape-") as folder:
-        write_shape(Path(folder), shape, options.tokenizer)
-        samples = asyncio.run(_measure(folder, shape, options))
-    return summarise(samples, shape, options)
+    if options.ratios[0] != 1.0 or len(set(options.ratios)) < len(options.ratios):
+        raise BenchError(f"--ratios {options.ratios}: 1.0 comes first, and none twice")
+    for ratio in options.ratios:
+        try:
+            Retention(ratio=ratio, selector=options.selector)
+        except ValueError as error:
+            raise BenchError(f"--ratios, --selector: {error}") from error
+    return shape
 
 
-def num_output_tokens(options: argparse.Namespace) -> int:
-    """Decoded tokens of a request."""
-    return NUM_LABEL_TOKENS["three" if options.three_label else "one"]
+def kv_cache_gib(shape: Shape, options: argparse.Namespace) -> int:
+    """Room for all requests of the load at ratio 1.0, in whole GiB."""
+    length = shape.num_patches + options.text_tokens + max(NUM_LABEL_TOKENS.values())
+    blocks = math.ceil(length / _BLOCK_TOKENS) + 1
+    tokens = (options.concurrency * blocks + 1) * _BLOCK_TOKENS
+    return math.ceil(tokens * shape.kv_bytes_per_token / GIB)
 
 
-async def _measure(folder: str, shape: Shape, options: argparse.Namespace) -> list[Sample]:
-    progress(f"loading {shape.layers} + {shape.tower_layers - 1} layers of random weights ...")
-    started = time.perf_counter()
-    llm = start_engine(folder, options)
-    progress(f"ready in {time.perf_counter() - started:.0f} s")
-    try:
-        return await _time_requests(llm, options)
-    finally:
-        llm.shutdown()
+def cases(options: argparse.Namespace, side: str) -> list[Case]:
+    """What a side is timed at: stock vLLM keeps every patch."""
+    ratios = options.ratios if side == OURS else [1.0]
+    order = itertools.product(options.loads, options.answers, ratios)
+    return [Case(side=side, load=load, answer=answer, ratio=r) for load, answer, r in order]
 
 
-def start_engine(folder: str, options: argparse.Namespace) -> Any:
-    """The engine `python -m serving` would start, with random weights and no prefix cache."""
-    from serving import engine
+class Engines:
+    """The engines of both sides; one at a time where two do not fit.
 
-    chosen: dict[str, Any] = {
-        "model": folder,
-        "model_name": "shape",
-        "dtype": "bfloat16",
-        "max_model_len": 1024 + options.text_tokens,
-        "max_num_seqs": 2,
-        "max_images": 1,
-        "kv_cache_gib": options.kv_cache_gib,
-        "prefix_caching": False,
-    }
-    settings = Settings(**chosen)
-    engine.prepare_environment(settings)
-    from vllm.v1.engine.async_llm import AsyncLLM
+    Args:
+        folder: of the checkpoint without weights; each side gets a copy of it.
+        room: for them.
+        options: of the command.
+    """
 
-    arguments = engine.engine_args(settings, None)
-    arguments.load_format = "dummy"
-    return AsyncLLM.from_engine_args(arguments)
+    def __init__(self, folder: Path, room: Room, options: argparse.Namespace) -> None:
+        self._folder, self._room, self._options = folder, room, options
+        self._running: dict[str, ShapeEngine] = {}
+        self._numbers = 0
+
+    @property
+    def holds_two(self) -> bool:
+        """Whether both stand side by side."""
+        return self._room.holds_two
+
+    def time(self, case: Case, profile: str = "") -> float:
+        """Seconds that a case's requests take together."""
+        return self._ready(case.side).time(self._block(case, profile))
+
+    def _block(self, case: Case, profile: str = "") -> Block:
+        count = self._options.concurrency if case.load == "saturated" else 1
+        first = self._numbers
+        self._numbers += count
+        return Block(
+            ratio=case.ratio,
+            selector=self._options.selector,
+            answer=case.answer,
+            num_tokens=NUM_LABEL_TOKENS[case.answer],
+            count=count,
+            first=first,
+            profile=profile,
+        )
+
+    def _ready(self, side: str) -> ShapeEngine:
+        if side not in self._running:
+            if not self.holds_two:
+                self.close()
+            self._running[side] = engine = ShapeEngine(self._plan(side), self._copy(side))
+            self._warm_up(side, engine)
+        return self._running[side]
+
+    def _warm_up(self, side: str, engine: ShapeEngine) -> None:
+        for case in cases(self._options, side):
+            if case.load == self._options.loads[0] and case.answer == self._options.answers[0]:
+                for _ in range(self._options.warmup):
+                    seconds = engine.time(self._block(replace(case, load="single")))
+                    progress(f"warm-up {case.name:28} {seconds:8.3f} s")
+
+    def _plan(self, side: str) -> dict[str, Any]:
+        options = self._options
+        settings = {
+            "model_name": "shape",
+            "dtype": "bfloat16",
+            "max_model_len": 1024 + options.text_tokens,
+            "max_num_seqs": max(2, options.concurrency),
+            "max_images": 1,
+            "kv_cache_gib": options.kv_cache_gib,
+            "prefix_caching": False,
+        }
+        sizes = {"seed": options.seed, "text_tokens": options.text_tokens}
+        return {"side": side, "settings": settings, "profile": options.kernels, **sizes}
+
+    def _copy(self, side: str) -> Path:
+        """The checkpoint's files, linked: logs and plans of the sides stay apart."""
+        folder = self._folder / side
+        if not folder.is_dir():
+            folder.mkdir()
+            for path in self._folder.iterdir():
+                if path.is_file():
+                    os.link(path, folder / path.name)
+        return folder
+
+    def close(self) -> None:
+        """Stops what runs."""
+        while self._running:
+            self._running.popitem()[1].stop()
 
 
-async def _time_requests(llm: Any, options: argparse.Namespace) -> list[Sample]:
-    names = {str(ratio): ratio for ratio in RATIOS}
-    samples: list[Sample] = []
-    order = interleaved(list(names), options.warmup + options.rounds, options.seed)
-    for number, (index, name) in enumerate(order):
-        retention = Retention(ratio=names[name], selector=options.selector)
-        prompt = _prompt(number, retention, options)
-        started = time.perf_counter()
-        await _generate(llm, prompt, num_output_tokens(options))
-        seconds = time.perf_counter() - started
-        counted = index - options.warmup
-        if counted >= 0:
-            samples.append(Sample(round=counted, variant=name, seconds=seconds))
-        label = f"round {counted + 1}/{options.rounds}" if counted >= 0 else "warm-up"
-        progress(f"{label} ratio {name:4} {seconds:7.3f} s")
-    return samples
+def time_cases(engines: Engines, options: argparse.Namespace) -> Iterator[Sample]:
+    """Every case once a round, in an order drawn anew for each.
+
+    Engines that cannot stand side by side take turns: ours, stock; stock, ours; ours, stock; ...
+    """
+    sides = [OURS] if options.no_stock else [OURS, THEIRS]
+    by_name = {case.name: case for side in sides for case in cases(options, side)}
+    order = list(interleaved(list(by_name), options.rounds, options.seed))
+    if not engines.holds_two:
+        order.sort(key=lambda item: (item[0], (sides.index(by_name[item[1]].side) + item[0]) % 2))
+    for index, name in order:
+        case = by_name[name]
+        seconds = engines.time(case)
+        progress(f"round {index + 1}/{options.rounds} {name:28} {seconds:8.3f} s")
+        yield Sample(round=index, variant=name, seconds=seconds)
 
 
-def _prompt(number: int, retention: Retention, options: argparse.Namespace) -> dict[str, Any]:
-    """A post no cache has seen: BOS, an image and random text, `text_tokens` without the image."""
-    rng = np.random.default_rng((options.seed, number))
-    text = rng.integers(300, IMAGE_TOKEN_ID, options.text_tokens - 1).tolist()
-    return {
-        "prompt_token_ids": [1, IMAGE_TOKEN_ID, *text],
-        "multi_modal_data": {"image": [picture(options.seed, number)]},
-        "mm_processor_kwargs": retention.processor_kwargs(),
-    }
+def profile(
+    engines: Engines, folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[float, list[Kernel]]]:
+    """Where the worker's time goes in one block, at each ratio of interest."""
+    for ratio in _KERNEL_RATIOS:
+        if ratio in options.ratios:
+            prefix = f"ratio-{ratio:g}"
+            load, answer = options.loads[-1], options.answers[0]
+            engines.time(Case(side=OURS, load=load, answer=answer, ratio=ratio), prefix)
+            yield ratio, read_kernels(folder / OURS / PROFILE_FOLDER, prefix)
 
 
-async def _generate(llm: Any, prompt: dict[str, Any], num_tokens: int) -> None:
-    from vllm import SamplingParams
+def _kernel_notes(found: Mapping[float, Sequence[Kernel]], room: Room) -> Iterator[str]:
+    kind = "GPU kernels" if room.is_gpu else "CPU operators"
+    for ratio, kernels in found.items():
+        total = sum(kernel.ms for kernel in kernels)
+        shares = ", ".join(f"{k.name} {k.ms / total:.0%}" for k in kernels[:8])
+        yield f"{kind} at {ratio:g}, {total:.0f} ms in all: {shares}"
 
-    params = SamplingParams(
-        temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
+
+def _sharing(room: Room, options: argparse.Namespace) -> str:
+    device = "GPU" if room.is_gpu else f"{len(os.sched_getaffinity(0))} cores"
+    place = f"{device}, KV cache {options.kv_cache_gib} GiB"
+    if options.no_stock:
+        return f"{place}; stock vLLM was not run"
+    if room.holds_two:
+        return f"{place}; stock vLLM's engine stood beside ours, one working at a time"
+    return (
+        f"{place}; stock vLLM's engine and ours took turns by starting anew, since two of "
+        f"{room.needed / GIB:.1f} GiB do not fit into {room.available / GIB:.1f} GiB"
     )
-    (engine_input,) = await llm.renderer.render_cmpl_async([prompt])
-    outputs = [each async for each in llm.generate(engine_input, params, uuid.uuid4().hex)]
-    assert len(outputs[-1].outputs[0].token_ids) == num_tokens
-
-
-def summarise(samples: Sequence[Sample], shape: Shape, options: argparse.Namespace) -> Outcome:
-    """Measured, modelled and published speed-ups of each ratio."""
-    seconds = by_variant(samples)
-    full = seconds[str(RATIOS[0])]
-    tokens = num_output_tokens(options)
-    rows: list[list[object]] = []
-    results: dict[str, object] = {}
-    for ratio in RATIOS:
-        measured = paired_ratio(full, seconds[str(ratio)])
-        model = shape.speedup(ratio, text_tokens=options.text_tokens, output_tokens=tokens)
-        paper = PAPER_SPEEDUPS.get(ratio)
-        verdict = "" if paper is None else "yes" if measured.median > paper else "no"
-        median_s = median(seconds[str(ratio)])
-        cells = [f"{median_s:.3f}", measured, f"{model:.2f}"]
-        rows.append([f"{ratio:g}", *cells, "" if paper is None else f"{paper:.2f}", verdict])
-        results[str(ratio)] = {"median_s": median_s, "speedup": vars(measured)}
-        results[str(ratio)] |= {"flop_model": model, "paper": paper}  # type: ignore[operator]
-    sizes = f"{shape.layers} + {shape.tower_layers - 1} layers"
-    return Outcome(
-        title=f"LLaVA-1.5-7B shape ({sizes}), {options.text_tokens} text and {tokens} output "
-        f"token(s), {options.rounds} rounds",
-        headers=["ratio", "median s", "speed-up [95 %]", "FLOP model", "paper", "above paper"],
-        rows=rows,
-        notes=_notes(shape, options),
-        settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        results=results,
-        samples=samples,
-    )
-
-
-def _notes(shape: Shape, options: argparse.Namespace) -> list[str]:
-    notes = [
-        f"the tower is {shape.tower_flops() / 1e12:.3f} TFLOP an image at every ratio",
-        "paper: Table 4 of 'Towards Robust Multimodal Sentiment Detection with LLaVA'",
-    ]
-    if (shape.layers, shape.tower_layers) != (Shape().layers, Shape().tower_layers):
-        notes.append("not the full shape: the paper's speed-ups do not apply")
-    return notes

@@ -6,17 +6,16 @@ import io
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from PIL import Image
 
-from bench import contest, server, shape, tower
+from bench import contest, server, tower
 from bench.__main__ import COMMANDS, build_parser, main
 from bench.checkpoints import IMAGE_TOKEN_ID, write_shape
 from bench.environment import describe
-from bench.flops import RATIOS, Shape
+from bench.flops import Shape
 from bench.outcome import BenchError
 from bench.pictures import picture_url
 from bench.processes import Server, free_port, running
@@ -56,6 +55,7 @@ def test_help_teaches_what_is_measured_and_its_options(command, capsys):
         ["tower", "--rounds", "0"],
         ["tower", "--images", "-1"],
         ["shape", "--layers", "two"],
+        ["shape", "llava-1.6-7b"],
         ["server", "--workloads", "embed"],
         ["server", "--json", "nowhere/at/all.json"],
     ],
@@ -73,6 +73,8 @@ def test_a_wrong_argument_ends_with_2_and_says_which(argv, capsys):
         (["shape", "--selector", "best"], "cls-last"),
         (["shape", "--tower-layers", "1"], "start at 2"),
         (["shape", "--tokenizer", "nowhere"], "tokenizer.model"),
+        (["shape", "--ratios", "0.4", "1.0"], "1.0 comes first"),
+        (["shape", "--ratios", "1.0", "1.4"], "retention_ratio=1.4"),
         (["server", "--model", "nowhere"], "config.json"),
         (["server", "--logs", "nowhere"], "no such folder"),
     ],
@@ -94,21 +96,6 @@ def test_tower_throughput_is_paired_with_stock():
     assert found["served"]["throughput_of_stock"]["median"] == pytest.approx(1.0)
     assert found["scored"]["throughput_of_stock"]["median"] == pytest.approx(0.8)
     assert found["scoring_share"]["median"] == pytest.approx(0.01)
-
-
-def test_shape_compares_each_ratio_with_the_paper():
-    seconds = {str(ratio): ratio for ratio in RATIOS}
-    outcome = shape.summarise(samples(seconds), Shape(), options("shape"))
-    assert [row[-1] for row in outcome.rows] == ["", "yes", "yes", "yes", "yes", "yes"]
-    assert outcome.results["0.4"]["speedup"]["median"] == pytest.approx(2.5)
-    slow = shape.summarise(samples(dict.fromkeys(seconds, 1.0)), Shape(), options("shape"))
-    assert [row[-1] for row in slow.rows] == ["", "no", "no", "no", "no", "no"]
-
-
-def test_a_shrunken_shape_says_that_the_paper_does_not_apply():
-    seconds = samples(dict.fromkeys(map(str, RATIOS), 1.0))
-    small = shape.summarise(seconds, Shape(layers=2), options("shape", "--layers", "2"))
-    assert any("not the full shape" in note for note in small.notes)
 
 
 def test_server_ratio_is_our_rate_over_theirs():
@@ -180,15 +167,6 @@ def test_pictures_are_fresh_and_repeatable():
     assert picture_url(1, 4, (64, 48)) in urls
     raw = base64.b64decode(picture_url(0, 0, (64, 48)).split(",", 1)[1])
     assert Image.open(io.BytesIO(raw)).size == (64, 48)
-
-
-def test_a_prompt_has_the_asked_length_and_is_never_repeated():
-    chosen = SimpleNamespace(seed=0, text_tokens=50)
-    first, second = (shape._prompt(n, shape.Retention(ratio=0.4), chosen) for n in (0, 1))
-    ids = first["prompt_token_ids"]
-    assert len(ids) == 51
-    assert ids.count(IMAGE_TOKEN_ID) == 1
-    assert ids != second["prompt_token_ids"]
 
 
 def test_the_written_shape_loads_as_llava_with_the_published_ids(tmp_path):

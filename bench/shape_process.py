@@ -1,0 +1,130 @@
+"""The engines of `bench shape` as its process sees them, and whether they have room."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.flops import Shape
+from bench.line_process import LineProcess
+from bench.outcome import BenchError, progress
+from bench.shape_engine import THEIRS
+
+OVERHEAD_BYTES = 5 << 29
+"""Of an engine's processes beside weights and KV cache: 2.5 GiB."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Requests that are sent at once.
+
+    Attributes:
+        ratio: of retention.
+        selector: of the kept patches.
+        answer: `one` or `three` labels.
+        num_tokens: decoded for it.
+        count: requests.
+        first: number of the first; every number is another post.
+        profile: prefix of the profiler's files; empty where none is wanted.
+    """
+
+    ratio: float
+    selector: str
+    answer: str
+    num_tokens: int
+    count: int
+    first: int
+    profile: str = ""
+
+
+class ShapeEngine:
+    """A running `bench.shape_engine`.
+
+    Args:
+        plan: for its engine.json.
+        folder: with the checkpoint's config and tokenizer.
+
+    Raises:
+        BenchError: it did not start; quotes the end of its log.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], folder: Path) -> None:
+        side = str(plan["side"])
+        (folder / "engine.json").write_text(json.dumps(dict(plan)))
+        stock = {"VLLM_PLUGINS": ""} if side == THEIRS else {}
+        started = time.perf_counter()
+        progress(f"{side}: starting ...")
+        arguments = ["-m", "bench.shape_engine", str(folder)]
+        self._process = LineProcess(arguments, folder / f"{side}.log", stock)
+        progress(f"{side}: ready in {time.perf_counter() - started:.0f} s")
+
+    def time(self, block: Block) -> float:
+        """Seconds until the block is answered.
+
+        Raises:
+            BenchError: the engine ended.
+        """
+        return float(self._process.ask(json.dumps(asdict(block))))
+
+    def stop(self) -> None:
+        """Ends it and its processes."""
+        self._process.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Memory for engines.
+
+    Attributes:
+        needed: bytes of one engine.
+        available: bytes there are now.
+        is_gpu: whether they are a GPU's.
+    """
+
+    needed: int
+    available: int
+    is_gpu: bool
+
+    @classmethod
+    def find(cls, shape: Shape, kv_cache_gib: int) -> Room:
+        """What an engine of this shape needs in bfloat16, and what this machine has."""
+        needed = 2 * shape.num_parameters + kv_cache_gib * GIB + OVERHEAD_BYTES
+        gpu = gpu_bytes()
+        return cls(needed=needed, available=gpu or available_bytes(), is_gpu=gpu is not None)
+
+    def check(self, name: str) -> None:
+        """Refuses what does not fit.
+
+        Raises:
+            BenchError: says how much is needed and there.
+        """
+        if self.needed > self.available:
+            raise BenchError(
+                f"{name} needs {self.needed / GIB:.1f} GiB in bfloat16 and "
+                f"{self.available / GIB:.1f} GiB are available; --layers N shrinks it"
+            )
+
+    @property
+    def holds_two(self) -> bool:
+        """Whether two engines fit side by side; on a GPU each takes its share for itself."""
+        return not self.is_gpu and 2 * self.needed <= self.available
+
+
+def available_bytes() -> int:
+    """Memory that processes may take now."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def gpu_bytes() -> int | None:
+    """Memory of the first GPU, None where vLLM runs on the CPU."""
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cpu() else int(current_platform.get_device_total_memory())
