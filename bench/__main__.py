@@ -19,6 +19,7 @@ from bench import (
     server,
     shape,
     soak,
+    stages,
     tower,
     training,
 )
@@ -39,6 +40,7 @@ COMMANDS = {
     "soak": soak,
     "overload": overload,
     "checks": checks,
+    "stages": stages,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -61,6 +63,7 @@ examples:
   python -m bench soak --minutes 20           what grows, what fails while all goes on at once
   python -m bench overload                    who is answered at 1, 2 and 10 times capacity
   python -m bench checks                      what keys, limits and image workers cost
+  python -m bench stages                      where a post's time goes, stage by stage, by ratio
   python -m bench shape --help                what a command measures, and its options
 """
 

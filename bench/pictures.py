@@ -21,3 +21,10 @@ def picture_url(seed: int, index: int, size: tuple[int, int] = (336, 336)) -> st
     buffer = io.BytesIO()
     picture(seed, index, size).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def photo_url(seed: int, index: int, size: tuple[int, int]) -> str:
+    """The same as a JPEG data URL, as posts have them."""
+    buffer = io.BytesIO()
+    picture(seed, index, size).save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
