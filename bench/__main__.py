@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import (
     batch,
+    before,
     checks,
     faults,
     fuzz,
@@ -41,6 +42,7 @@ COMMANDS = {
     "overload": overload,
     "checks": checks,
     "stages": stages,
+    "before": before,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -64,6 +66,7 @@ examples:
   python -m bench overload                    who is answered at 1, 2 and 10 times capacity
   python -m bench checks                      what keys, limits and image workers cost
   python -m bench stages                      where a post's time goes, stage by stage, by ratio
+  python -m bench before --checkout ../old    this checkout's server beside another checkout's
   python -m bench shape --help                what a command measures, and its options
 """
 

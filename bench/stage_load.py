@@ -67,7 +67,7 @@ def saturate(
     bodies = [question.body(first + index, ratio) for index in range(posts)]
     before = servers.processor_seconds()
     start = time.perf_counter()
-    _send_all(servers.ports[TIMED], bodies, connections)
+    send_all(servers.ports[TIMED], bodies, connections)
     end = time.perf_counter()
     after = servers.processor_seconds()
     progress(f"saturated, ratio {ratio:g}: {posts / (end - start):.1f} posts/s")
@@ -75,7 +75,12 @@ def saturate(
     return Load(ratio=ratio, posts=posts, start=start, end=end, processor_s=spent)
 
 
-def _send_all(port: int, bodies: Sequence[bytes], connections: int) -> None:
+def send_all(port: int, bodies: Sequence[bytes], connections: int) -> None:
+    """Sends bodies to a server, as many at once as there are connections.
+
+    Raises:
+        BenchError: one is not answered by a 200.
+    """
     waiting, failures = iter(bodies), list[Exception]()
     lock = threading.Lock()
 

@@ -154,6 +154,20 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder(changes))
 
 
+_HOOK = """\
+import sys
+
+sys.path.insert(0, {source!r})
+from bench.stage_points import install
+
+sys.path.remove({source!r})
+for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
+    del sys.modules[name]  # a server of another checkout has its own
+
+install()
+"""
+
+
 def write_hook(folder: Path, source: Path) -> dict[str, str]:
     """Makes every Python process that is started with these variables call `install`.
 
@@ -161,8 +175,7 @@ def write_hook(folder: Path, source: Path) -> dict[str, str]:
         folder: an existing one, for the hook.
         source: the checkout, where `bench` is found.
     """
-    lines = "from bench.stage_points import install\n\ninstall()\n"
-    (folder / "sitecustomize.py").write_text(lines, encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(_HOOK.format(source=str(source)), encoding="utf-8")
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(source), *others])}
 

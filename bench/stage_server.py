@@ -7,7 +7,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ class Question:
     size: tuple[int, int]
     seed: int
 
-    def body(self, number: int, ratio: float) -> bytes:
-        """A post that no cache has seen."""
+    def body(
+        self, number: int, ratio: float, *, cascade: tuple[float, float] | None = None
+    ) -> bytes:
+        """A post that no cache has seen; a cascade goes up whatever the first answer."""
         body = {
             "text": make_text(self.seed, number),
             "image": photo_url(self.seed, number, self.size),
             "label_structure": self.structure,
-            "retention_ratio": ratio,
+            **({"cascade": cascade, "confidence": 1.0} if cascade else {"retention_ratio": ratio}),
         }
         return json.dumps(body | ({"model": self.model} if self.model else {})).encode()
 
@@ -151,7 +153,11 @@ def _processor_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def stage_servers(
-    folder: Path, model: str, variants: Sequence[str], arguments: Sequence[str]
+    folder: Path,
+    model: str,
+    variants: Sequence[str],
+    arguments: Sequence[str],
+    checkouts: Mapping[str, Path] | None = None,
 ) -> Iterator[StageServers]:
     """Starts a server a variant; they end with the block.
 
@@ -160,16 +166,20 @@ def stage_servers(
         model: one of `MODELS`.
         variants: `TIMED`, and `PLAIN` where timers are to be compared with none.
         arguments: more of `python -m serving`.
+        checkouts: whose code a variant runs, by default this one's.
     """
     spans, hook = _made(folder / "spans"), _made(folder / "hook")
     path, needed = _checkpoint(folder, model)
+    hooked = write_hook(hook, ROOT)
     if needed:
-        needed |= write_hook(hook, ROOT)
-    timing = {**write_hook(hook, ROOT), FOLDER_VARIABLE: str(spans)}
-    servers = [
-        _server(variant, [*path, *arguments], needed | (timing if variant == TIMED else {}))
-        for variant in variants
-    ]
+        needed |= hooked
+    timing = {**hooked, FOLDER_VARIABLE: str(spans)}
+    servers = []
+    for variant in variants:
+        environment = needed | (timing if variant == TIMED else {})
+        if checkouts is not None:
+            environment |= _of_checkout(checkouts[variant], environment)
+        servers.append(_server(variant, [*path, *arguments], environment))
     with running(servers, folder) as pids:
         yield StageServers(
             ports={server.name: server.port for server in servers},
@@ -181,6 +191,12 @@ def stage_servers(
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def _of_checkout(checkout: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which Python finds our packages there and not in the current folder."""
+    paths = [str(checkout), environment.get("PYTHONPATH", "")]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def _checkpoint(folder: Path, model: str) -> tuple[list[str], dict[str, str]]:

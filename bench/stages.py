@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> Outcome:
     return summarise(parts, requests, [load.with_busy(spans) for load in loads], options)
 
 
-def _question(options: argparse.Namespace) -> Question:
+def question_of(options: argparse.Namespace) -> Question:
+    """What --model, --structure and --picture ask for."""
     has_adapter = options.model == DEMO_MODEL and options.structure in ("llavac", "sentiment")
     return Question(
         model=options.structure if has_adapter else None,
@@ -92,7 +93,7 @@ def _question(options: argparse.Namespace) -> Question:
 
 def _ask_in_turn(servers: StageServers, options: argparse.Namespace) -> dict[str, list[Timed]]:
     """Each round asks each server for each ratio once; posts are never repeated."""
-    question, number = _question(options), 0
+    question, number = question_of(options), 0
     clients = {variant: Client(port) for variant, port in servers.ports.items()}
     found: dict[str, list[Timed]] = {variant: [] for variant in clients}
     num_rounds = options.warmup + options.rounds
@@ -113,7 +114,7 @@ def _ask_in_turn(servers: StageServers, options: argparse.Namespace) -> dict[str
 
 
 def _load(servers: StageServers, options: argparse.Namespace) -> list[Load]:
-    question = _question(options)
+    question = question_of(options)
     counts = {"connections": options.saturated, "posts": options.posts}
     first = 1_000_000  # of posts: none of the rounds before
     saturate(servers, question, ratio=1.0, first=first, **counts)  # warm-up
