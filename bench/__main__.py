@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import (
     batch,
+    before,
     checks,
     cost,
     faults,
@@ -22,6 +23,7 @@ from bench import (
     server,
     shape,
     soak,
+    stages,
     sweep,
     tower,
     traffic,
@@ -49,6 +51,8 @@ COMMANDS = {
     "sweep": sweep,
     "report": report,
     "cost": cost,
+    "stages": stages,
+    "before": before,
 }
 _EPILOG = """\
 Commands that compare variants do so in one run: they alternate within each round, in an order
@@ -76,6 +80,8 @@ examples:
   python -m bench sweep --out runs/sweep      ratios: speed, goodput, accuracy; a report
   python -m bench report --sweep FILE ...     a sweep, stages, shape and peers on one page
   python -m bench cost                        FLOP, bytes and the least time of a post
+  python -m bench stages                      where a post's time goes, stage by stage, by ratio
+  python -m bench before --checkout ../old    this checkout's server beside another checkout's
   python -m bench shape --help                what a command measures, and its options
 """
 

@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, shape: Shape, posts: Path, seed: int) -> int:
     letters = folder / "letters"
     letters.mkdir(parents=True)
     answers = [structure.render(labels) for labels in structure.answers()]
-    _write_tokenizer(letters, [structure.prompt, *answers, *texts])
+    write_tokenizer(letters, [structure.prompt, *answers, *texts])
     write_shape(folder, shape, letters)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(folder))
@@ -78,7 +78,7 @@ def write_checkpoint(folder: Path, shape: Shape, posts: Path, seed: int) -> int:
     return round(sum(ids) / len(ids))
 
 
-def _write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
     """Llama's kind of BPE on these texts, with filler up to Llama's size.
 
     Prompts have as many ids as real ones that way; one id a byte would make them three times as

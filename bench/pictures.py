@@ -36,3 +36,10 @@ def nudged(url: str, number: int) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return f"{head},{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def photo_url(seed: int, index: int, size: tuple[int, int]) -> str:
+    """The same as a JPEG data URL, as posts have them."""
+    buffer = io.BytesIO()
+    picture(seed, index, size).save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
