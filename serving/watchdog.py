@@ -101,10 +101,12 @@ async def until_lost(
             except EngineDeadError:
                 return "died"
             waiting = asyncio.create_task(doubted.wait())
-            await asyncio.wait(
-                {pinging, waiting}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            waiting.cancel()
+            try:
+                await asyncio.wait(
+                    {pinging, waiting}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                waiting.cancel()
             doubted.clear()
         return pinging.result()
     finally:
