@@ -17,10 +17,11 @@ from bench import mix
 from bench.__main__ import build_parser, main
 from bench.generator import Planned, Request, Senders, Sending, read_rows, write_requests
 from bench.latency import Share, least_samples, percentile_ms
+from bench.locust_arrivals import Call, read
 from bench.outcome import BenchError
 from bench.processes import free_port
 from bench.profiles import PROFILES, read_trace
-from serving.schema import ChatRequest, LabelRequest
+from serving.schema import ChatRequest, LabelRequest, LabelResponse
 from tests.bench.load_target import LABELS, load_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,3 +319,28 @@ def _page(url):
         except httpx.ConnectError:
             time.sleep(0.1)
     raise AssertionError(f"nobody listens at {url}")
+
+
+def test_an_answer_of_the_servers_own_schema_is_read_whole():
+    answer = LabelResponse(
+        id="label-1",
+        model="llavac",
+        label_structure="llavac",
+        labels=LABELS,
+        probabilities={},
+        confidence=0.9,
+        retention={"ratio": 0.4, "selector": "cls", "kept": 26, "patches": 64},
+        usage={
+            "prompt_tokens": 70,
+            "completion_tokens": 5,
+            "total_tokens": 75,
+            "prompt_tokens_details": {},
+        },
+        timing_ms={},
+    )
+    text = answer.model_dump_json(exclude_none=True)
+    row = read(Call(first_at=0.1, done_at=0.2, status=200, text=text))
+    assert (row["adapter"], row["structure"], row["selector"]) == ("llavac", "llavac", "cls")
+    assert (row["ratio"], row["kept"]) == (0.4, 26)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (70, 5)
+    assert json.loads(row["label"]) == LABELS
