@@ -61,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shape", nargs="?", default="llava-1.5-7b", choices=SHAPES, help="default llava-1.5-7b")
     add("--rounds", type=positive, default=3, help="timed rounds (default 3)")
     add("--warmup", type=positive, default=1, help="requests a ratio after a start (default 1)")
-    add("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD")
+    help_ = "single, saturated (default both)"
+    add("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=help_)
     answers = list(STRUCTURES_BY_ANSWER)
-    add("--answers", nargs="+", choices=answers, default=answers, metavar="ANSWER")
+    help_ = "one, three (default both)"
+    add("--answers", nargs="+", choices=answers, default=answers, metavar="ANSWER", help=help_)
     add("--three-label", action="store_true", help="short for --answers three")
     add("--ratios", nargs="+", type=float, default=list(RATIOS), help="1.0 first (default all)")
     add("--concurrency", type=positive, default=8, help="requests of `saturated` (default 8)")
