@@ -47,7 +47,7 @@ from bench.statistics import Sample, by_variant, interleaved, median, paired_rat
 from serving.errors import SieveError
 from serving.settings import DEMO, Settings
 
-PEERS = ("sieve", "vllm", "run-batch", "generate")
+PEERS = ("vllm", "run-batch", "generate")
 FULL, KEPT, DEFAULT = "sieve 1.0", "sieve 0.4", "sieve default"
 VLLM, RUN_BATCH, GENERATE = "vLLM server", "vLLM run-batch", "HF generate"
 GOALS = {FULL: 0.9, KEPT: 1.0}
@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default=str(DEMO / "base"), help="checkpoint folder (default the demo)")
     add("--adapters", type=Path, help="adapters folder (default the demo's with the demo)")
     add("--ask", help="model or adapter that answers (default the demo's sentiment, or the base)")
-    add("--peers", nargs="+", choices=PEERS[1:], default=list(PEERS[1:]), metavar="PEER")
+    peers, help_ = list(PEERS), f"{', '.join(PEERS)} (default all)"
+    add("--peers", nargs="+", choices=peers, default=peers, metavar="PEER", help=help_)
     add("--rounds", type=positive, default=3, help="timed rounds (default 3)")
     add("--warmup", type=positive, default=1, help="rounds before, not counted (default 1)")
     add("--block", type=positive, default=96, help="posts a block (default 96)")

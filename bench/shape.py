@@ -20,6 +20,8 @@ Goals: single, one label: above the paper's speed-up at each ratio. Saturated, o
 the FLOP model's speed-up at each. Three labels at 0.2: <= 1.6 times one label's time single, <= 1.3
 times saturated. The 7B shape takes 8 minutes a round on two cores; --loads, --answers and --ratios
 make it shorter. --kernels adds where the worker's time goes: kernels on a GPU, operators on a CPU.
+--before adds our engine with other variables, such as MALLOC_MMAP_THRESHOLD_=33554432 (glibc's most
+on its own), with which freed buffers go back to the system.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from bench.flops import RATIOS, SHAPES, Shape
 from bench.kernels import Kernel, read_kernels
 from bench.outcome import BenchError, Outcome, positive, progress
 from bench.processes import stop_on_termination
-from bench.shape_engine import OURS, PROFILE_FOLDER, STRUCTURES_BY_ANSWER, THEIRS
+from bench.shape_engine import BEFORE, OURS, PROFILE_FOLDER, STRUCTURES_BY_ANSWER, THEIRS
 from bench.shape_process import GIB, Block, Room, ShapeEngine
 from bench.shape_table import Case, summarise
 from bench.statistics import Sample, interleaved
@@ -59,13 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shape", nargs="?", default="llava-1.5-7b", choices=SHAPES, help="default llava-1.5-7b")
     add("--rounds", type=positive, default=3, help="timed rounds (default 3)")
     add("--warmup", type=positive, default=1, help="requests a ratio after a start (default 1)")
-    add("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD")
+    help_ = "single, saturated (default both)"
+    add("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=help_)
     answers = list(STRUCTURES_BY_ANSWER)
-    add("--answers", nargs="+", choices=answers, default=answers, metavar="ANSWER")
+    help_ = "one, three (default both)"
+    add("--answers", nargs="+", choices=answers, default=answers, metavar="ANSWER", help=help_)
     add("--three-label", action="store_true", help="short for --answers three")
     add("--ratios", nargs="+", type=float, default=list(RATIOS), help="1.0 first (default all)")
     add("--concurrency", type=positive, default=8, help="requests of `saturated` (default 8)")
     add("--no-stock", action="store_true", help="without stock vLLM beside it")
+    add("--before", nargs="+", metavar="NAME=VALUE", help="ours with these variables, as a side")
     add("--layers", type=positive, help="layers of the language model (default the shape's)")
     add("--tower-layers", type=positive, help="layers of the tower (default the shape's)")
     add("--text-tokens", type=positive, default=50, help="prompt beside the image (default 50)")
@@ -86,7 +91,8 @@ def run(options: argparse.Namespace) -> Outcome:
         stop_on_termination(stack)
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="sieve-shape-"))
         folder = write_shape(Path(name), shape, options.tokenizer)
-        room = Room.find(shape, options.kv_cache_gib)
+        num_engines = 1 + (not options.no_stock) + bool(options.before)
+        room = Room.find(shape, options.kv_cache_gib, num_engines)
         room.check(options.shape)
         engines = stack.enter_context(contextlib.closing(Engines(folder, room, options)))
         samples = list(time_cases(engines, options))
@@ -105,6 +111,7 @@ def chosen_shape(options: argparse.Namespace) -> Shape:
     Raises:
         BenchError: an option cannot work; said before anything starts.
     """
+    before(options)
     shape = SHAPES[options.shape]
     layers, tower_layers = options.layers, options.tower_layers
     shape = replace(shape, layers=layers or shape.layers)
@@ -121,6 +128,18 @@ def chosen_shape(options: argparse.Namespace) -> Shape:
     return shape
 
 
+def before(options: argparse.Namespace) -> dict[str, str]:
+    """Variables of the side that is compared with ours.
+
+    Raises:
+        BenchError: one has no value.
+    """
+    pairs = [text.partition("=") for text in options.before or ()]
+    if not all(name and sign for name, sign, _ in pairs):
+        raise BenchError(f"--before {options.before}: each is NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
 def kv_cache_gib(shape: Shape, options: argparse.Namespace) -> int:
     """Room for all requests of the load at ratio 1.0, in whole GiB."""
     length = shape.num_patches + options.text_tokens + max(NUM_LABEL_TOKENS.values())
@@ -131,7 +150,7 @@ def kv_cache_gib(shape: Shape, options: argparse.Namespace) -> int:
 
 def cases(options: argparse.Namespace, side: str) -> list[Case]:
     """What a side is timed at: stock vLLM keeps every patch."""
-    ratios = options.ratios if side == OURS else [1.0]
+    ratios = [1.0] if side == THEIRS else options.ratios
     order = itertools.product(options.loads, options.answers, ratios)
     return [Case(side=side, load=load, answer=answer, ratio=r) for load, answer, r in order]
 
@@ -151,9 +170,9 @@ class Engines:
         self._numbers = 0
 
     @property
-    def holds_two(self) -> bool:
-        """Whether both stand side by side."""
-        return self._room.holds_two
+    def holds_all(self) -> bool:
+        """Whether all stand side by side."""
+        return self._room.holds_all
 
     def time(self, case: Case, profile: str = "") -> float:
         """Seconds that a case's requests take together."""
@@ -175,9 +194,12 @@ class Engines:
 
     def _ready(self, side: str) -> ShapeEngine:
         if side not in self._running:
-            if not self.holds_two:
+            if not self.holds_all:
                 self.close()
-            self._running[side] = engine = ShapeEngine(self._plan(side), self._copy(side))
+            variables = {"VLLM_PLUGINS": ""} if side == THEIRS else {}
+            variables |= before(self._options) if side == BEFORE else {}
+            engine = ShapeEngine(self._plan(side), self._copy(side), variables)
+            self._running[side] = engine
             self._warm_up(side, engine)
         return self._running[side]
 
@@ -223,11 +245,12 @@ def time_cases(engines: Engines, options: argparse.Namespace) -> Iterator[Sample
 
     Engines that cannot stand side by side take turns: ours, stock; stock, ours; ours, stock; ...
     """
-    sides = [OURS] if options.no_stock else [OURS, THEIRS]
+    sides = [OURS, *([] if options.no_stock else [THEIRS]), *([BEFORE] if options.before else [])]
     by_name = {case.name: case for side in sides for case in cases(options, side)}
     order = list(interleaved(list(by_name), options.rounds, options.seed))
-    if not engines.holds_two:
-        order.sort(key=lambda item: (item[0], (sides.index(by_name[item[1]].side) + item[0]) % 2))
+    if not engines.holds_all:
+        turns = [sides, sides[::-1]]
+        order.sort(key=lambda item: (item[0], turns[item[0] % 2].index(by_name[item[1]].side)))
     for index, name in order:
         case = by_name[name]
         seconds = engines.time(case)
@@ -258,11 +281,11 @@ def _kernel_notes(found: Mapping[float, Sequence[Kernel]], room: Room) -> Iterat
 def _sharing(room: Room, options: argparse.Namespace) -> str:
     device = "GPU" if room.is_gpu else f"{len(os.sched_getaffinity(0))} cores"
     place = f"{device}, KV cache {options.kv_cache_gib} GiB"
-    if options.no_stock:
+    if room.num_engines == 1:
         return f"{place}; stock vLLM was not run"
-    if room.holds_two:
-        return f"{place}; stock vLLM's engine stood beside ours, one working at a time"
+    if room.holds_all:
+        return f"{place}; {room.num_engines} engines stood side by side, one working at a time"
     return (
-        f"{place}; stock vLLM's engine and ours took turns by starting anew, since two of "
+        f"{place}; {room.num_engines} engines took turns by starting anew, since so many of "
         f"{room.needed / GIB:.1f} GiB do not fit into {room.available / GIB:.1f} GiB"
     )

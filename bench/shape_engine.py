@@ -2,9 +2,9 @@
 
 `python -m bench.shape_engine FOLDER` reads FOLDER/engine.json, starts that engine with random
 weights and says so; then it takes a block of requests a line on stdin and answers the seconds it
-took. Two sides: `sieve`, the engine `python -m serving` starts, with the constraint and the
+took. Sides: `sieve`, the engine `python -m serving` starts, with the constraint and the
 log-probabilities of `serving.labeler`; and `vllm`, the stock architecture without our plugin on the
-same engine settings, which decodes as many tokens freely.
+same engine settings, which decodes as many tokens freely. `before` is ours with other variables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.pictures import picture
 from patches.config import Retention
 from serving.settings import Settings
 
-OURS, THEIRS = "sieve", "vllm"
+OURS, THEIRS, BEFORE = "sieve", "vllm", "before"
 STRUCTURES_BY_ANSWER = {"one": "sentiment", "three": "llavac"}
 PROFILE_FOLDER = "profile"
 
@@ -51,7 +51,7 @@ class Side:
     def __init__(self, plan: dict[str, Any], folder: Path) -> None:
         self._plan = plan
         self._settings = Settings(model=str(folder), **plan["settings"])
-        self._is_ours = plan["side"] == OURS
+        self._is_ours = plan["side"] != THEIRS
         self._llm = self._start(folder)
         self._send = self._ours() if self._is_ours else self._theirs()
 

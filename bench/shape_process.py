@@ -13,7 +13,6 @@ from typing import Any
 from bench.flops import Shape
 from bench.line_process import LineProcess
 from bench.outcome import BenchError, progress
-from bench.shape_engine import THEIRS
 
 OVERHEAD_BYTES = 5 << 29
 """Of an engine's processes beside weights and KV cache: 2.5 GiB."""
@@ -49,19 +48,21 @@ class ShapeEngine:
     Args:
         plan: for its engine.json.
         folder: with the checkpoint's config and tokenizer.
+        environment: variables beside ours.
 
     Raises:
         BenchError: it did not start; quotes the end of its log.
     """
 
-    def __init__(self, plan: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self, plan: Mapping[str, Any], folder: Path, environment: Mapping[str, str]
+    ) -> None:
         side = str(plan["side"])
         (folder / "engine.json").write_text(json.dumps(dict(plan)))
-        stock = {"VLLM_PLUGINS": ""} if side == THEIRS else {}
         started = time.perf_counter()
         progress(f"{side}: starting ...")
         arguments = ["-m", "bench.shape_engine", str(folder)]
-        self._process = LineProcess(arguments, folder / f"{side}.log", stock)
+        self._process = LineProcess(arguments, folder / f"{side}.log", environment)
         progress(f"{side}: ready in {time.perf_counter() - started:.0f} s")
 
     def time(self, block: Block) -> float:
@@ -85,18 +86,23 @@ class Room:
         needed: bytes of one engine.
         available: bytes there are now.
         is_gpu: whether they are a GPU's.
+        num_engines: that a run compares.
     """
 
     needed: int
     available: int
     is_gpu: bool
+    num_engines: int = 2
 
     @classmethod
-    def find(cls, shape: Shape, kv_cache_gib: int) -> Room:
+    def find(cls, shape: Shape, kv_cache_gib: int, num_engines: int) -> Room:
         """What an engine of this shape needs in bfloat16, and what this machine has."""
         needed = 2 * shape.num_parameters + kv_cache_gib * GIB + OVERHEAD_BYTES
         gpu = gpu_bytes()
-        return cls(needed=needed, available=gpu or available_bytes(), is_gpu=gpu is not None)
+        available = gpu or available_bytes()
+        return cls(
+            needed=needed, available=available, is_gpu=gpu is not None, num_engines=num_engines
+        )
 
     def check(self, name: str) -> None:
         """Refuses what does not fit.
@@ -111,9 +117,9 @@ class Room:
             )
 
     @property
-    def holds_two(self) -> bool:
-        """Whether two engines fit side by side; on a GPU each takes its share for itself."""
-        return not self.is_gpu and 2 * self.needed <= self.available
+    def holds_all(self) -> bool:
+        """Whether all fit side by side; on a GPU each takes its share for itself."""
+        return not self.is_gpu and self.num_engines * self.needed <= self.available
 
 
 def available_bytes() -> int:

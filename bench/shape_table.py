@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.flops import PAPER_SPEEDUPS, Shape
 from bench.outcome import Outcome
-from bench.shape_engine import OURS, THEIRS
+from bench.shape_engine import BEFORE, OURS, THEIRS
 from bench.statistics import Estimate, Sample, by_variant, median, paired_ratio
 
 GOAL_OF_MODEL = 0.9
@@ -18,7 +18,7 @@ GOAL_RATIO = 0.2
 GOAL_THREE_LABELS = {"single": 1.6, "saturated": 1.3}
 HEADERS = (
     *("load, labels", "ratio", "s a post", "speed-up [95 %]"),
-    *("FLOP model", "of the model", "of stock vLLM [95 %]", "goal"),
+    *("FLOP model", "of the model", "of stock vLLM [95 %]", "of before [95 %]", "goal"),
 )
 
 
@@ -102,7 +102,8 @@ def _cell(case: Case, timings: Timings, model: float) -> dict[str, Any]:
     """Numbers of one row; estimates as plain values."""
     full = Case(side=OURS, load=case.load, answer=case.answer, ratio=1.0)
     stock = Case(side=THEIRS, load=case.load, answer=case.answer, ratio=1.0)
-    one = Case(side=OURS, load=case.load, answer="one", ratio=case.ratio)
+    before = replace(case, side=BEFORE)
+    one = replace(case, answer="one")
     speedup = timings.over(full, case)
     is_longer = case.answer != "one" and timings.has(one)
     return {
@@ -112,6 +113,7 @@ def _cell(case: Case, timings: Timings, model: float) -> dict[str, Any]:
         "flop_model": model,
         "of_model": speedup.median / model,
         "of_stock": vars(timings.over(stock, case)) if timings.has(stock) else None,
+        "of_before": vars(timings.over(before, case)) if timings.has(before) else None,
         "of_one_label": vars(timings.over(case, one)) if is_longer else None,
     }
 
@@ -141,7 +143,6 @@ def _yes(is_met: bool) -> str:
 
 
 def _row(case: Case, cell: Mapping[str, Any], goal: str) -> list[object]:
-    stock = Estimate(**cell["of_stock"]) if cell["of_stock"] else ""
     return [
         f"{case.load}, {case.answer}",
         f"{case.ratio:g}",
@@ -149,7 +150,7 @@ def _row(case: Case, cell: Mapping[str, Any], goal: str) -> list[object]:
         Estimate(**cell["speedup"]),
         f"{cell['flop_model']:.2f}",
         f"{cell['of_model']:.2f}",
-        stock,
+        *(Estimate(**cell[name]) if cell[name] else "" for name in ("of_stock", "of_before")),
         goal,
     ]
 

@@ -16,8 +16,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 
 from patches.config import check_checkpoint, read_config
+from patches.memory import keep_buffers
 from patches.processor import SieveProcessingInfo, SieveProcessor
 from patches.selection import SELECTORS, PatchView, select
 from patches.tower import ClsProbe, ClsTower
@@ -42,6 +44,8 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_checkpoint(vllm_config.model_config.hf_config)
+        if current_platform.is_cpu():
+            keep_buffers()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = read_config(self.config)
         with_tower_lora = bool(

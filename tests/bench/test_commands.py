@@ -74,6 +74,7 @@ def test_a_wrong_argument_ends_with_2_and_says_which(argv, capsys):
         (["shape", "--tower-layers", "1"], "start at 2"),
         (["shape", "--tokenizer", "nowhere"], "tokenizer.model"),
         (["shape", "--ratios", "0.4", "1.0"], "1.0 comes first"),
+        (["shape", "--before", "A"], "NAME=VALUE"),
         (["shape", "--ratios", "1.0", "1.4"], "retention_ratio=1.4"),
         (["server", "--model", "nowhere"], "config.json"),
         (["server", "--logs", "nowhere"], "no such folder"),

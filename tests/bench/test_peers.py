@@ -27,6 +27,7 @@ from bench.generator import CHAT
 from bench.line_process import LineProcess
 from bench.outcome import BenchError
 from bench.peer_arms import Labelled, paused, vllm_body
+from bench.process_tree import descendants
 from bench.processes import free_port
 from bench.statistics import Sample
 from serving.schema import ChatRequest
@@ -110,18 +111,20 @@ def test_a_block_that_is_not_labelled_whole_ends_the_run():
 
 
 def test_whoever_is_paused_stands_still_and_goes_on_even_after_a_failure():
-    script = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], start_new_session=True) as process:
         try:
-            until(lambda: len(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()))
-            (child,) = map(
-                int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            )
+            until(lambda: [comm(pid) for pid in descendants(process.pid)] == ["sleep"])
+            (child,) = descendants(process.pid)
             with pytest.raises(BenchError):
                 fail_beside(process.pid, child)
             until(lambda: "T" not in (state(process.pid), state(child)))
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def comm(pid):
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def fail_beside(*pids):

@@ -30,16 +30,16 @@ def options(*argv) -> argparse.Namespace:
 class Clock:
     """Engines that take as long as a function of the case says."""
 
-    def __init__(self, seconds_of, *, holds_two):
-        self.seconds_of, self.holds_two, self.timed = seconds_of, holds_two, []
+    def __init__(self, seconds_of, *, holds_all):
+        self.seconds_of, self.holds_all, self.timed = seconds_of, holds_all, []
 
     def time(self, case, profile=""):
         self.timed.append(case)
         return self.seconds_of(case)
 
 
-def timed(seconds_of, chosen, *, holds_two=True):
-    clock = Clock(seconds_of, holds_two=holds_two)
+def timed(seconds_of, chosen, *, holds_all=True):
+    clock = Clock(seconds_of, holds_all=holds_all)
     return list(shape.time_cases(clock, chosen)), clock.timed
 
 
@@ -65,7 +65,7 @@ def test_every_case_comes_once_a_round_and_stock_only_at_all_patches():
 
 
 def test_engines_that_do_not_fit_together_start_once_more_than_there_are_rounds():
-    _, cases = timed(lambda case: 1.0, options("--rounds", "3"), holds_two=False)
+    _, cases = timed(lambda case: 1.0, options("--rounds", "3"), holds_all=False)
     sides = [case.side for case in cases]
     starts = [side for side, before in zip(sides, [None, *sides], strict=False) if side != before]
     assert starts == [OURS, THEIRS, OURS, THEIRS]
@@ -111,6 +111,14 @@ def test_stock_stands_beside_each_ratio_and_is_missing_where_it_was_not_run():
     assert cell["of_stock"] is None
 
 
+def test_ours_with_other_variables_is_one_more_side_at_every_ratio():
+    argv = ("--before", "A=1", "B=")
+    assert shape.before(options(*argv)) == {"A": "1", "B": ""}
+    outcome = found_by(lambda case: 3.0 if case.side == "before" else 2.0, *argv)
+    for found in outcome.results.values():
+        assert all(c["of_before"]["median"] == pytest.approx(1.5) for c in found["cells"].values())
+
+
 @pytest.mark.parametrize("argv", [("clip-l",), ("--layers", "2"), ("llava-1.5-13b",)])
 def test_another_shape_than_the_papers_is_not_held_against_the_paper(argv):
     chosen = options(*argv)
@@ -149,18 +157,19 @@ def test_the_published_shapes_have_their_known_number_of_weights(name, billions)
 
 
 def test_13b_is_refused_where_24_gib_are_and_fits_with_fewer_layers():
-    room = Room.find(SHAPES["llava-1.5-13b"], 3)
+    room = Room.find(SHAPES["llava-1.5-13b"], 3, 2)
     with pytest.raises(BenchError, match="llava-1.5-13b needs 30.4 GiB"):
         replace(room, available=24 * GIB).check("llava-1.5-13b")
-    small = Room.find(replace(SHAPES["llava-1.5-13b"], layers=8), 3)
+    small = Room.find(replace(SHAPES["llava-1.5-13b"], layers=8), 3, 2)
     replace(small, available=24 * GIB).check("llava-1.5-13b")
 
 
 def test_two_engines_stand_side_by_side_only_where_both_fit():
     room = Room(needed=10 * GIB, available=20 * GIB, is_gpu=False)
-    assert room.holds_two
-    assert not replace(room, available=19 * GIB).holds_two
-    assert not replace(room, is_gpu=True).holds_two
+    assert room.holds_all
+    assert not replace(room, available=19 * GIB).holds_all
+    assert not replace(room, is_gpu=True).holds_all
+    assert not replace(room, num_engines=3).holds_all
 
 
 def test_an_operators_time_is_its_own_without_what_it_calls(tmp_path):
@@ -202,7 +211,7 @@ def test_both_engines_run_side_by_side_and_every_cell_is_filled(tmp_path, capsys
         assert set(found["cells"]) == cells
         assert all(cell["of_stock"]["median"] > 0 for cell in found["cells"].values())
         assert any("mm" in kernel["name"] for kernel in found["kernels"])
-    assert "stood beside ours" in capsys.readouterr().out
+    assert "stood side by side" in capsys.readouterr().out
 
 
 def test_a_cases_name_tells_all_cases_apart():
