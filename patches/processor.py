@@ -25,6 +25,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from patches.config import RATIO_KEY, SELECTOR_KEY, Retention, read_config, resolve_retention
+from patches.pixels import PixelScale
 from patches.selection import SELECTORS, image_seed
 
 _OURS = (RATIO_KEY, SELECTOR_KEY)
@@ -97,7 +98,17 @@ class SieveProcessor(LlavaMultiModalProcessor):
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         theirs = {name: value for name, value in hf_kwargs.items() if name not in _OURS}
+        images = hf_data.get("images")
+        if self._pixel_scale and isinstance(images, list) and len(hf_data) == 1 and not theirs:
+            pixels = self._pixel_scale(images)
+            if pixels is not None:
+                dtype = self.info.ctx.model_config.dtype
+                return BatchFeature({"pixel_values": pixels.to(dtype)})
         return super()._call_hf_processor(hf_data, theirs)
+
+    @functools.cached_property
+    def _pixel_scale(self) -> PixelScale | None:
+        return PixelScale.of(self.info.get_hf_processor().image_processor)
 
     def _postprocess_hf_mm_data(
         self,
