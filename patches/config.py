@@ -60,10 +60,13 @@ class SieveConfig:
         tower_batch_size: most images in one call of the tower. vLLM's encoder budget counts kept
             tokens, so at a low ratio a hundred images may come at once, a batch that memory
             profiling never saw.
+        tower_cache_mib: features that a worker keeps of the images it saw last, for requests that
+            keep other patches of them; 0 keeps none.
     """
 
     retention: Retention = field(default_factory=Retention)
     tower_batch_size: int = 8
+    tower_cache_mib: int = 64
 
     def hf_overrides(self) -> dict[str, object]:
         """The engine argument that selects the architecture and carries these settings."""
@@ -76,7 +79,9 @@ def read_config(hf_config: Any) -> SieveConfig:
     if stored is None:
         return SieveConfig()
     return SieveConfig(
-        retention=Retention(**stored["retention"]), tower_batch_size=stored["tower_batch_size"]
+        retention=Retention(**stored["retention"]),
+        tower_batch_size=stored["tower_batch_size"],
+        tower_cache_mib=stored["tower_cache_mib"],
     )
 
 

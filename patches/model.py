@@ -21,6 +21,7 @@ from patches.config import check_checkpoint, read_config
 from patches.processor import SieveProcessingInfo, SieveProcessor
 from patches.selection import SELECTORS, PatchView, select
 from patches.tower import ClsProbe, ClsTower
+from patches.tower_cache import Key, TowerCache
 
 _UNNESTED_TOWER = re.compile(
     r"^(?:model\.)?vision_tower\.(?=embeddings|pre_layrnorm|encoder|post_layernorm)"
@@ -57,6 +58,9 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         # batch stays whole.
         batch_size = 1 << 30 if with_tower_lora else settings.tower_batch_size
         self.cls_tower = ClsTower(self.vision_tower, probe, batch_size=batch_size)
+        # Features under an adapter on the tower are that adapter's.
+        max_bytes = 0 if with_tower_lora else settings.tower_cache_mib << 20
+        self.tower_cache = TowerCache(max_bytes)
 
     def embed_multimodal(self, **kwargs: object) -> tuple[Tensor, ...]:
         """Rows for the placeholders: a `(K, T)` tensor an image, K its own.
@@ -64,7 +68,7 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         Args:
             **kwargs: `pixel_values` `(N, 3, H, W)`, and on the CPU, `(N,)` int64 each: `num_kept`
                 (the placeholders of each image), `selector` (positions in `SELECTORS`) and `seed`
-                (from the pixels).
+                (from the pixels); `pixels_key` `(N, 2)` int64.
         """
         pixels = kwargs.get("pixel_values")
         if pixels is None:
@@ -77,41 +81,51 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
         names = list(SELECTORS)
         selectors = [names[index] for index in chosen]
-        features_NPD, indices = self.select_patches(pixels, kept, selectors, seeds)
-        rows = [features[index] for features, index in zip(features_NPD, indices, strict=True)]
+        keys = [tuple(key.flatten().tolist()) for key in kwargs["pixels_key"]]  # type: ignore[attr-defined]
+        features, indices = self.select_patches(pixels, kept, selectors, seeds, keys)
+        rows = [each[index] for each, index in zip(features, indices, strict=True)]
         projected = self.multi_modal_projector(torch.cat(rows))
         return torch.split(projected, kept)
 
     def select_patches(
-        self, pixels: Tensor, kept: list[int], selectors: list[str], seeds: list[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Features `(N, P, D)` of the images, and the `(K,)` indices each keeps."""
+        self,
+        pixels: Tensor,
+        kept: list[int],
+        selectors: list[str],
+        seeds: list[int],
+        keys: list[Key] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Features `(P, D)` of each image, and the `(K,)` indices it keeps; no keys, no cache."""
         needs_cls = any(
             SELECTORS[selector].needs_cls and count < self._num_patches
             for selector, count in zip(selectors, kept, strict=True)
         )
-        features, views = self.view_patches(pixels, kept, seeds, needs_cls=needs_cls)
+        views = self.view_patches(pixels, kept, seeds, needs_cls=needs_cls, keys=keys)
         indices = [select(name, view) for name, view in zip(selectors, views, strict=True)]
-        return features, indices
+        return [view.features for view in views], indices
 
     def view_patches(
-        self, pixels: Tensor, kept: list[int], seeds: list[int], *, needs_cls: bool
-    ) -> tuple[Tensor, list[PatchView]]:
-        """Features `(N, P, D)` of the images, and what selectors may look at, an image each."""
-        features, attention = self.cls_tower(
-            pixels.to(self.vision_tower.dtype), needs_cls=needs_cls
-        )
-        views = [
+        self,
+        pixels: Tensor,
+        kept: list[int],
+        seeds: list[int],
+        *,
+        needs_cls: bool,
+        keys: list[Key] | None = None,
+    ) -> list[PatchView]:
+        """What selectors may look at, an image each."""
+        pixels = pixels.to(self.vision_tower.dtype)
+        found = self.tower_cache.through(self.cls_tower, pixels, keys, needs_cls=needs_cls)
+        return [
             PatchView(
-                features=features[image],
-                cls_attention=attention[image],
+                features=seen.features,
+                cls_attention=seen.attention,
                 feature_layer=self.cls_tower.feature_layer,
                 num_kept=count,
                 seed=seed,
             )
-            for image, (count, seed) in enumerate(zip(kept, seeds, strict=True))
+            for seen, count, seed in zip(found, kept, seeds, strict=True)
         ]
-        return features, views
 
     @property
     def _num_patches(self) -> int:

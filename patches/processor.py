@@ -27,6 +27,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from patches.config import RATIO_KEY, SELECTOR_KEY, Retention, read_config, resolve_retention
 from patches.pixels import PixelScale
 from patches.selection import SELECTORS, image_seed
+from patches.tower_cache import KEY_WORDS, pixels_key
 
 _OURS = (RATIO_KEY, SELECTOR_KEY)
 _HASH_VERSION = 1
@@ -39,6 +40,11 @@ class SieveProcessingInfo(LlavaProcessingInfo):
     def default_retention(self) -> Retention:
         """What a request gets that does not ask."""
         return read_config(self.get_hf_config()).retention
+
+    @functools.cached_property
+    def has_tower_cache(self) -> bool:
+        """Whether workers know images by their pixels."""
+        return read_config(self.get_hf_config()).tower_cache_mib > 0
 
     @functools.cached_property
     def num_patches(self) -> int:
@@ -89,7 +95,7 @@ class SieveProcessor(LlavaMultiModalProcessor):
 
         Returns:
             `pixel_values` `(N, 3, H, W)` in the model's dtype; `num_kept`, `selector` (a position
-            in `SELECTORS`) and `seed`, `(N,)` each.
+            in `SELECTORS`) and `seed`, `(N,)` each; `pixels_key` `(N, 2)`.
         """
         items = self.info.parse_mm_data({"image": list(images)})
         return self._apply_hf_processor_main(items, retention.processor_kwargs())
@@ -128,14 +134,20 @@ class SieveProcessor(LlavaMultiModalProcessor):
         index = list(SELECTORS).index(retention.selector)
         processed_data["selector"] = torch.full((num_images,), index)
         processed_data["seed"] = torch.tensor(seeds, dtype=torch.int64)
+        keys = [self._key(torch.as_tensor(image)) for image in pixels]
+        processed_data["pixels_key"] = torch.tensor(keys, dtype=torch.int64)
         return processed_data
+
+    def _key(self, pixels: torch.Tensor) -> list[int]:
+        """For the worker's tower cache, where it has one."""
+        return pixels_key(pixels) if self.info.has_tower_cache else [0] * KEY_WORDS
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         on_cpu = {
             name: MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-            for name in ("num_kept", "selector", "seed")
+            for name in ("num_kept", "selector", "seed", "pixels_key")
         }
         return {"pixel_values": MultiModalFieldConfig.batched("image"), **on_cpu}
 

@@ -52,7 +52,7 @@ class SieveWorker:
         model = self.model_runner.get_model()
         with torch.inference_mode():
             tensor = self._read_pixels(pixels, shape)
-            _, views = model.view_patches(tensor, kept, seeds, needs_cls=True)
+            views = model.view_patches(tensor, kept, seeds, needs_cls=True)
             return [
                 {
                     "kept": select(name, view).tolist(),

@@ -162,6 +162,7 @@ ENGINE_FIELDS = (
     "kv_cache_gib",
     "gpu_memory",
     "tower_batch_size",
+    "tower_cache_mib",
     "enforce_eager",
     "log_level",
 )

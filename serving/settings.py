@@ -121,6 +121,12 @@ class Settings(BaseSettings):
     )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tower_batch_size: int = Field(8, gt=0, description="most images in one call of the tower")
+    tower_cache_mib: int = Field(
+        64,
+        ge=0,
+        description="MiB of the tower's features that a worker keeps of the images it saw last: "
+        "one that comes again at another ratio, as in a cascade, skips the tower; 0 keeps none",
+    )
     prefix_caching: bool = Field(True, description="reuse the KV of equal prompts")
     enforce_eager: bool | None = Field(
         None, description="no compilation or CUDA graphs; by default on CPU only"
@@ -252,4 +258,5 @@ class Settings(BaseSettings):
         return SieveConfig(
             retention=Retention(ratio=self.retention, selector=self.selector),
             tower_batch_size=self.tower_batch_size,
+            tower_cache_mib=self.tower_cache_mib,
         )

@@ -93,12 +93,23 @@ def test_another_ratio_selector_or_adapter_shares_no_answer(server):
         {"retention_ratio": 0.4, "selector": "random"},
     ]
     before = server.tower_images()
-    for number, variant in enumerate(variants, start=1):
+    for variant in variants:
         answer = server.label(**body, **variant)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-        assert server.tower_images() == before + number
+    assert server.tower_images() == before + 1, "the tower's features are the same for all"
     other = server.label(**{**body, "model": adapter}, **variants[0])
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_an_image_that_was_seen_at_another_ratio_skips_the_tower_beside_one_that_was_not(server):
+    seen, new = data_url(noise(23)), data_url(noise(24))
+    before = server.tower_images()
+    server.label(image=seen, text="first", retention_ratio=0.4)
+    assert server.tower_images() == before + 1
+    server.label(image=[seen, new], text="then", retention_ratio=0.6)
+    assert server.tower_images() == before + 2
+    server.label(image=[new, seen], text="at last", retention_ratio=1.0)
+    assert server.tower_images() == before + 2
 
 
 def test_equal_pixels_in_another_shape_are_another_image(server):
