@@ -101,7 +101,8 @@ def decode_image(raw: bytes, limits: ImageLimits, param: str = "image") -> Image
     _check_shape(image.size, limits, param)
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except MemoryError as error:
         raise BadRequestError(
             f"{param} ({image.width}x{image.height}) needs more memory than is allowed; scale it "
@@ -142,7 +143,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # that would be a copy
 
 
 class Decoder(Protocol):
