@@ -49,9 +49,7 @@ def test_answers_that_were_not_compared_are_said_to_be():
 def test_every_body_is_one_of_our_api_and_a_cascade_always_goes_up():
     plain = [LabelRequest(**json.loads(body)) for body in before._bodies(options(), 0, 3)]
     assert {body.retention_ratio for body in plain} == {0.4}
-    assert (
-        len({body.image if isinstance(body.image, str) else body.image[0] for body in plain}) == 3
-    )
+    assert len({tuple(body.images) for body in plain}) == 3
     (climbing,) = before._bodies(options("--cascade", "--retention", "0.2"), 0, 1)
     asked = LabelRequest(**json.loads(climbing))
     assert (list(asked.cascade), asked.confidence) == ([0.2, 1.0], 1.0)
@@ -69,9 +67,8 @@ def test_a_server_of_another_checkout_has_its_own_packages_and_our_hook(tmp_path
         (other / package).mkdir(parents=True)
         (other / package / "__init__.py").write_text("")
     hook.mkdir()
-    (other / "serving" / "engine.py").write_text(
-        "def engine_args():\n    return type('A', (), {})()"
-    )
+    engine = "def engine_args():\n    return type('Arguments', (), {})()\n"
+    (other / "serving" / "engine.py").write_text(engine)
     needed = {**write_hook(hook, ROOT), DUMMY_VARIABLE: "1"}
     lines = (
         "import bench, serving.engine as e; "
