@@ -1,7 +1,7 @@
 """This checkout's server beside another checkout's: what a change brought.
 
 Two servers, one from each checkout (`git worktree add ../before COMMIT`), with the same checkpoint
-and settings. In each round both get posts with pictures never seen before, in an order drawn anew:
+and settings; or of one checkout, with --variables that only one of them has. In each round both get posts with pictures never seen before, in an order drawn anew:
 first one at a time, for latency, then a block with --connections at once, for throughput. --labels
 asks both the same posts and compares what they answer, labels and probabilities.
 
@@ -33,7 +33,8 @@ _QUIET_S = 0.3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     add = parser.add_argument
-    add("--checkout", type=Path, required=True, help="folder of the other checkout")
+    add("--checkout", type=Path, default=ROOT, help="the other's folder (default this one)")
+    add("--variables", nargs="+", default=[], metavar="NAME=VALUE", help="of this side only")
     add("--model", choices=MODELS, default=DEMO_MODEL, help=f"default {DEMO_MODEL}")
     add("--structure", default="llavac", choices=sorted(STRUCTURES), help="default llavac")
     add("--retention", type=float, default=0.4, help="of all posts (default 0.4)")
@@ -53,14 +54,27 @@ def run(options: argparse.Namespace) -> Outcome:
     other = options.checkout.resolve()
     if not (other / "serving" / "__main__.py").is_file():
         raise BenchError(f"--checkout {options.checkout}: no serving/ there; give a checkout")
+    variables = _variables(options.variables)
+    if other == ROOT and not variables:
+        raise BenchError("both servers would be the same; give --checkout or --variables")
     arguments = ["--kv-cache-gib", str(options.kv_cache_gib)]
-    checkouts = {NOW: ROOT, THEN: other}
+    sides = {NOW: (ROOT, variables), THEN: (other, {})}
     with tempfile.TemporaryDirectory(prefix="sieve-before-") as name:
         folder = Path(name)
-        with stage_servers(folder, options.model, [NOW, THEN], arguments, checkouts) as servers:
+        with stage_servers(folder, options.model, [NOW, THEN], arguments, sides) as servers:
             off = _largest_difference(servers, options)
             samples = _time_in_turn(servers, options)
     return summarise(samples, off, options)
+
+
+def _variables(asked: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for each in asked:
+        name, equals, value = each.partition("=")
+        if not (name and equals):
+            raise BenchError(f"--variables {each!r}: NAME=VALUE, e.g. OMP_WAIT_POLICY=PASSIVE")
+        found[name] = value
+    return found
 
 
 def _bodies(options: argparse.Namespace, first: int, count: int) -> list[bytes]:
@@ -142,8 +156,9 @@ def summarise(samples: Sequence[Sample], off: float | None, options: argparse.Na
         else f"{options.labels} posts asked of both: same labels, probabilities within {off:.1e}"
     )
     what = "cascade to 1.0" if options.cascade else "one pass"
+    this = " ".join(["This checkout", *options.variables])
     return Outcome(
-        title=f"This checkout beside another at {options.model}, {options.structure}, retention "
+        title=f"{this} beside {options.checkout.resolve().name} at {options.model}, {options.structure}, retention "
         f"{options.retention:g}, {what}: {options.rounds} rounds",
         headers=["load", "ms a post", "the other's", "times as fast [95 %]"],
         rows=rows,

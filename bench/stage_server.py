@@ -157,7 +157,7 @@ def stage_servers(
     model: str,
     variants: Sequence[str],
     arguments: Sequence[str],
-    checkouts: Mapping[str, Path] | None = None,
+    sides: Mapping[str, tuple[Path, Mapping[str, str]]] | None = None,
 ) -> Iterator[StageServers]:
     """Starts a server a variant; they end with the block.
 
@@ -166,7 +166,8 @@ def stage_servers(
         model: one of `MODELS`.
         variants: `TIMED`, and `PLAIN` where timers are to be compared with none.
         arguments: more of `python -m serving`.
-        checkouts: whose code a variant runs, by default this one's.
+        sides: the checkout whose code a variant runs and variables of its own; by default this one
+            and none.
     """
     spans, hook = _made(folder / "spans"), _made(folder / "hook")
     path, needed = _checkpoint(folder, model)
@@ -177,8 +178,9 @@ def stage_servers(
     servers = []
     for variant in variants:
         environment = needed | (timing if variant == TIMED else {})
-        if checkouts is not None:
-            environment |= _of_checkout(checkouts[variant], environment)
+        if sides is not None:
+            checkout, variables = sides[variant]
+            environment |= {**_of_checkout(checkout, environment), **variables}
         servers.append(_server(variant, [*path, *arguments], environment))
     with running(servers, folder) as pids:
         yield StageServers(

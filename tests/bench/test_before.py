@@ -61,6 +61,14 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
     assert "no serving/ there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "word"), [([], "would be the same"), (["--variables", "OMP"], "NAME=VALUE")]
+)
+def test_sides_that_cannot_be_told_apart_are_refused(argv, word, capsys):
+    assert main(["before", *argv]) == 2
+    assert word in capsys.readouterr().err
+
+
 def test_a_server_of_another_checkout_has_its_own_packages_and_our_hook(tmp_path):
     hook, other = tmp_path / "hook", tmp_path / "other"
     for package in ("serving", "bench"):
