@@ -1,12 +1,13 @@
 """This checkout's server beside another checkout's: what a change brought.
 
 Two servers, one from each checkout (`git worktree add ../before COMMIT`), with the same checkpoint
-and settings; or of one checkout, with --variables that only one of them has. In each round both get posts with pictures never seen before, in an order drawn anew:
-first one at a time, for latency, then a block with --connections at once, for throughput. --labels
-asks both the same posts and compares what they answer, labels and probabilities.
+and settings; or of one checkout, with --variables that only one of them has. In each round both get
+posts with pictures never seen before, in an order drawn anew: first one at a time, for latency, then
+a block with --connections at once, for throughput. --labels posts are asked of both, and their
+labels and probabilities compared.
 
-Goal: over 1 for a change that is meant to pay, both labels and probabilities equal. Three minutes
-on the demo.
+Goal: over 1 for a change that is meant to pay, labels and probabilities equal. Three minutes on the
+demo.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ def summarise(samples: Sequence[Sample], off: float | None, options: argparse.Na
     what = "cascade to 1.0" if options.cascade else "one pass"
     this = " ".join(["This checkout", *options.variables])
     return Outcome(
-        title=f"{this} beside {options.checkout.resolve().name} at {options.model}, {options.structure}, retention "
-        f"{options.retention:g}, {what}: {options.rounds} rounds",
+        title=f"{this} beside {options.checkout.resolve().name} at {options.model}, "
+        f"{options.structure}, retention {options.retention:g}, {what}: {options.rounds} rounds",
         headers=["load", "ms a post", "the other's", "times as fast [95 %]"],
         rows=rows,
         notes=[compared, f"at once: {options.connections} connections"],
