@@ -2,8 +2,8 @@
 
 Two servers, one from each checkout (`git worktree add ../before COMMIT`), with the same checkpoint
 and settings; or of one checkout, with --variables that only one of them has. In each round both get
-posts with pictures never seen before, in an order drawn anew: first one at a time, for latency, then
-a block with --connections at once, for throughput. --labels posts are asked of both, and their
+posts with pictures never seen before, in an order drawn anew: first one at a time, for latency,
+then a block with --connections at once, for throughput. --labels posts are asked of both, and their
 labels and probabilities compared.
 
 Goal: over 1 for a change that is meant to pay, labels and probabilities equal. Three minutes on the
