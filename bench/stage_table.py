@@ -1,4 +1,8 @@
-"""The table of `bench stages`: stages by ratio, their sum, and what Amdahl's law leaves."""
+"""The table of `bench stages`: stages by ratio, their sum, and what Amdahl's law leaves.
+
+Medians do not add up. So a column is a mean over the same requests for all of its rows: the middle
+half of a ratio's requests by their end-to-end time, which no single slow one moves.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.flops import RATIOS
 from bench.outcome import Outcome
@@ -25,35 +30,44 @@ Parts = Sequence[tuple[Timed, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    """A mean over the middle half of the requests, with its bootstrap 95 % interval, in ms."""
+
+    ms: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """One ratio.
 
     Attributes:
         ratio: of its requests.
-        stages: milliseconds of each stage and of `UNATTRIBUTED`, over rounds.
-        whole: milliseconds from the first byte sent to the last of the answer, over rounds.
+        stages: milliseconds of each stage and of `UNATTRIBUTED`.
+        whole: milliseconds from the first byte sent to the last of the answer.
         tokens: of the prompt.
     """
 
     ratio: float
-    stages: Mapping[str, Estimate]
-    whole: Estimate
+    stages: Mapping[str, Level]
+    whole: Level
     tokens: int
 
     @property
     def sum_ms(self) -> float:
-        """Of the named stages' medians."""
-        return sum(self.stages[name].median for name in STAGES)
+        """Of the named stages."""
+        return sum(self.stages[name].ms for name in STAGES)
 
     @property
     def scaling_ms(self) -> float:
         """Of those that grow with the tokens that are kept."""
-        return sum(self.stages[name].median for name in SCALING)
+        return sum(self.stages[name].ms for name in SCALING)
 
     def bound(self, full: Column) -> float:
         """Speed-up over `full` if what scales shrank as the prompt does, and nothing else did."""
         shrunk = full.scaling_ms * self.tokens / full.tokens
-        return full.whole.median / (full.whole.median - full.scaling_ms + shrunk)
+        return full.whole.ms / (full.whole.ms - full.scaling_ms + shrunk)
 
 
 def summarise(
@@ -79,7 +93,7 @@ def summarise(
                 str(column.ratio): _ratio_json(column, full, speedups.get(column.ratio))
                 for column in columns
             },
-            "limit": full.whole.median / (full.whole.median - full.scaling_ms),
+            "limit": full.whole.ms / (full.whole.ms - full.scaling_ms),
             "overhead": vars(overhead) if overhead else None,
             "saturated": [_load_json(load) for load in loads],
         },
@@ -87,25 +101,40 @@ def summarise(
     )
 
 
-def spread(values: Sequence[float]) -> Estimate:
-    """The median with its bootstrap 95 % interval."""
-    found = np.asarray(values, float)
-    picks = np.random.default_rng(0).integers(0, found.size, (NUM_DRAWS, found.size))
-    low, high = np.percentile(np.median(found[picks], axis=1), (2.5, 97.5))
-    return Estimate(
-        median=float(np.median(found)), low=float(low), high=float(high), num_rounds=found.size
-    )
+def levels(wholes: NDArray[np.float64], values: NDArray[np.float64]) -> list[Level]:
+    """The level of each row of values, over the requests in the middle by their `wholes`.
+
+    Args:
+        wholes: `(N,)` end-to-end times.
+        values: `(M, N)` of the same requests.
+    """
+    picks = np.random.default_rng(0).integers(0, wholes.size, (NUM_DRAWS, wholes.size))
+    drawn = _middle(picks, wholes)
+    (middle,) = _middle(np.arange(wholes.size)[None], wholes)
+    found = []
+    for row in values:
+        low, high = np.percentile(row[drawn].mean(axis=1), (2.5, 97.5))
+        found.append(Level(ms=float(row[middle].mean()), low=float(low), high=float(high)))
+    return found
+
+
+def _middle(picks: NDArray[np.int64], wholes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Of each row of requests, those in the middle half by their time."""
+    ordered = np.take_along_axis(picks, np.argsort(wholes[picks], axis=1), axis=1)
+    cut = wholes.size // 4
+    return ordered[:, cut : wholes.size - cut]
 
 
 def _column(ratio: float, parts: Parts) -> Column:
     its = [(request, stages) for request, stages in parts if request.ratio == ratio]
+    names = (*STAGES, UNATTRIBUTED)
+    wholes = 1e3 * np.array([request.end - request.start for request, _ in its])
+    values = 1e3 * np.array([[stages[name] for _, stages in its] for name in names])
+    *stages, whole = levels(wholes, np.vstack([values, wholes]))
     return Column(
         ratio=ratio,
-        stages={
-            name: spread([1e3 * stages[name] for _, stages in its])
-            for name in (*STAGES, UNATTRIBUTED)
-        },
-        whole=spread([1e3 * (request.end - request.start) for request, _ in its]),
+        stages=dict(zip(names, stages, strict=True)),
+        whole=whole,
         tokens=round(median([request.num_prompt_tokens for request, _ in its])),
     )
 
@@ -133,12 +162,10 @@ def _overhead(requests: Mapping[str, Sequence[Timed]]) -> Estimate | None:
 
 def _stage_rows(columns: Sequence[Column]) -> list[list[object]]:
     shown = [
-        name
-        for name in STAGES
-        if any(column.stages[name].median >= _SHOWN_MS for column in columns)
+        name for name in STAGES if any(column.stages[name].ms >= _SHOWN_MS for column in columns)
     ]
     return [
-        [name, *(f"{column.stages[name].median:.2f}" for column in columns)]
+        [name, *(f"{column.stages[name].ms:.2f}" for column in columns)]
         for name in (*shown, UNATTRIBUTED)
     ]
 
@@ -146,8 +173,8 @@ def _stage_rows(columns: Sequence[Column]) -> list[list[object]]:
 def _sum_rows(columns: Sequence[Column]) -> list[list[object]]:
     return [
         ["sum of the named", *(f"{column.sum_ms:.2f}" for column in columns)],
-        ["end to end", *(f"{column.whole.median:.2f}" for column in columns)],
-        ["sum / end to end", *(f"{c.sum_ms / c.whole.median:.3f}" for c in columns)],
+        ["end to end", *(f"{column.whole.ms:.2f}" for column in columns)],
+        ["sum / end to end", *(f"{c.sum_ms / c.whole.ms:.3f}" for c in columns)],
     ]
 
 
@@ -165,16 +192,15 @@ def _speed_rows(
 
 def _notes(columns: Sequence[Column], overhead: Estimate | None) -> list[str]:
     full = columns[0]
-    off = max(abs(1 - column.sum_ms / column.whole.median) for column in columns)
-    limit = full.whole.median / (full.whole.median - full.scaling_ms)
-    share = full.scaling_ms / full.whole.median
+    off = max(abs(1 - column.sum_ms / column.whole.ms) for column in columns)
+    limit = full.whole.ms / (full.whole.ms - full.scaling_ms)
+    share = full.scaling_ms / full.whole.ms
     return [
         f"named stages are within {off:.1%} of the end-to-end time at every ratio: goal of "
         f"{GOAL:.0%} {'met' if off <= GOAL else 'missed'}",
         f"projector and prefill are {share:.0%} of the time at ratio 1.0: with both free, a "
         f"request could be {limit:.2f} times as fast, whatever the ratio",
-        f"end to end at 1.0: {full.whole.median:.1f} ms [{full.whole.low:.1f}, "
-        f"{full.whole.high:.1f}]",
+        f"end to end at 1.0: {full.whole.ms:.1f} ms [{full.whole.low:.1f}, {full.whole.high:.1f}]",
         "timers: not compared (--overhead off)"
         if overhead is None
         else f"with timers a round takes {overhead} of its time without",
@@ -198,14 +224,11 @@ def _load_lines(load: Load) -> list[str]:
 
 def _ratio_json(column: Column, full: Column, speedup: Estimate | None) -> dict[str, object]:
     return {
-        "stages": [
-            {"name": name, "ms": found.median, "low": found.low, "high": found.high}
-            for name, found in column.stages.items()
-        ],
-        "end_to_end_ms": column.whole.median,
+        "stages": [{"name": name, **vars(found)} for name, found in column.stages.items()],
+        "end_to_end_ms": column.whole.ms,
         "end_to_end": vars(column.whole),
         "sum_ms": column.sum_ms,
-        "unattributed_ms": column.stages[UNATTRIBUTED].median,
+        "unattributed_ms": column.stages[UNATTRIBUTED].ms,
         "prompt_tokens": column.tokens,
         "speedup": vars(speedup) if speedup else None,
         "amdahl": column.bound(full) if speedup else None,

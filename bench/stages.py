@@ -3,9 +3,10 @@
 A server as `python -m serving` starts it is asked over HTTP, one request at a time, every post
 with a picture never seen before (a JPEG photo). Calls in all of its processes are timed on one
 clock, and every instant between the first byte sent and the last byte of the answer belongs to the
-stage that was at work, to a hand-over, or is `unattributed`, which stands by itself. Medians over
-rounds; the ratios of a round come in an order drawn anew. Goal: the named stages sum to the
-end-to-end time within 5 %.
+stage that was at work, to a hand-over, or is `unattributed`, which stands by itself. A column is
+the mean of the middle half of its requests by their end-to-end time, so that its rows add up; the
+ratios of a round come in an order drawn anew. Goal: the named stages sum to the end-to-end time
+within 5 %.
 
 Under the stages: the speed-up that was measured, and Amdahl's bound beside it, which is what a
 ratio could bring if projector and prefill shrank as the prompt does and all else stayed.

@@ -254,6 +254,15 @@ def test_the_table_shows_the_unattributed_and_what_the_named_stages_sum_to():
     assert any("goal of 5% met" in note for note in outcome.notes)
 
 
+def test_one_slow_request_moves_no_row_and_the_rows_still_add_up():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(1, 2, (3, 20))
+    values[1, 7] += 1000
+    *rows, whole = stage_table.levels(values.sum(axis=0), np.vstack([values, values.sum(axis=0)]))
+    assert sum(row.ms for row in rows) == pytest.approx(whole.ms)
+    assert all(1 < row.low <= row.ms <= row.high < 2 for row in rows)
+
+
 def test_unattributed_time_over_the_goal_is_said():
     found = parts()
     for _, stages in found:
