@@ -21,15 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.flops import PAPER_SPEEDUPS, RATIOS, Shape
+from bench.flops import PAPER_SPEEDUPS, RATIOS, SHAPES, Shape
 from bench.outcome import BenchError, Outcome, positive
 from bench.roofline import DEVICES, Device, Request, number_type_of, probe_cpu, shape_of, works
 from serving.settings import DEMO
 
-SHAPES = {
-    "llava-1.5-7b": Shape(),
-    "llava-1.5-13b": Shape(layers=40, width=5120, mlp=13824, heads=40),
-}
 EFFICIENCY = 0.5
 DAY_MS = 86_400_000.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

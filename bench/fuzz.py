@@ -3,7 +3,8 @@
 Small valid files of every format (JPEG, PNG, WEBP, GIF, BMP; also animated, with palettes, CMYK,
 16 bit) are damaged and decoded as the server does, in a process of their own that is watched: one
 that ends it or takes ten seconds is a failure. Valid bodies of both endpoints are damaged and sent
-to the app before a stub engine. The same --seed makes the same inputs.
+to the app in this process, whose engine is a stub that answers at once (so there are many), or to
+--server. The same --seed makes the same inputs.
 
 Goal: no exception other than a refusal, no 5xx, every error in OpenAI's shape. What fails is
 printed with its input in base64, and the command ends with 1.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -28,9 +30,11 @@ from bench.fuzz_files import FAILED, Failure, fuzz_files
 from bench.mutations import changed
 from bench.outcome import Outcome, positive, progress
 from bench.stub_app import stub_app
+from serving.client_key import bearer_headers
 from serving.settings import Settings
 
 _SHOWN = 20
+_TIMEOUT_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--seconds", type=positive, default=120, help="half a part: files, bodies (default 120)")
     add("--most", type=positive, help="most inputs of each part (default as time allows)")
+    add(
+        "--server",
+        help="URL of a server that gets the bodies (default: the stub)",
+    )
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Damages files, then bodies; ends with 1 where something failed."""
     half_s = options.seconds / 2
     files, failures = fuzz_files(options.seed, half_s, options.most)
-    bodies, more = asyncio.run(fuzz_bodies(options.seed, half_s, options.most))
+    sending = fuzz_bodies(options.seed, half_s, options.most, options.server)
+    bodies, more = asyncio.run(sending)
     failures += more
     for failure in failures[:_SHOWN]:
         print(failure)
@@ -66,7 +75,7 @@ def summarise(
         headers=["input", "tried", *columns, FAILED],
         rows=rows,
         notes=["goal of no failure is " + ("missed" if failures else "met")],
-        settings={"seconds": options.seconds, "most": options.most, "seed": options.seed},
+        settings={name: getattr(options, name) for name in ("seconds", "most", "seed", "server")},
         results={kind: dict(found) for kind, found in counts.items()},
         samples=[],
         status=1 if failures else 0,
@@ -102,29 +111,42 @@ def fuzz_settings() -> Settings:
     return Settings(**chosen)
 
 
+@contextlib.asynccontextmanager
+async def _client(server: str | None) -> AsyncIterator[httpx.AsyncClient]:
+    """Of a running server, or of the app over a stub engine."""
+    async with contextlib.AsyncExitStack() as stack:
+        if server is None:
+            app = await stack.enter_async_context(stub_app(fuzz_settings()))
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            client = httpx.AsyncClient(transport=transport, base_url="http://fuzz")
+        else:
+            headers = bearer_headers()
+            client = httpx.AsyncClient(base_url=server, headers=headers, timeout=_TIMEOUT_S)
+        yield await stack.enter_async_context(client)
+
+
 async def fuzz_bodies(
-    seed: int, seconds: float, most: int | None = None
+    seed: int, seconds: float, most: int | None = None, server: str | None = None
 ) -> tuple[dict[str, Counter[str]], list[Failure]]:
-    """Sends damaged bodies to the app."""
+    """Sends damaged bodies, one after the other."""
     counts = {LABEL: Counter[str](), CHAT: Counter[str]()}
     failures: list[Failure] = []
     bodies = valid_bodies()
     ends, number = time.monotonic() + seconds, 0
-    async with stub_app(fuzz_settings()) as app:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://fuzz") as client:
-            while time.monotonic() < ends and (most is None or number < most):
-                rng = random.Random(f"{seed}/body/{number}")
-                path, body = bodies[number % len(bodies)]
-                raw = changed(body, rng)
-                headers = {"content-type": "application/json"}
-                answer = await client.post(path, content=raw, headers=headers)
-                fault = fault_of(answer)
-                counts[path][FAILED if fault else str(answer.status_code)] += 1
-                if fault:
-                    failures.append(Failure(kind=path, what=fault, raw=raw))
-                    progress(str(failures[-1]))
-                number += 1
+    async with _client(server) as client:
+        while time.monotonic() < ends and (most is None or number < most):
+            path, body = bodies[number % len(bodies)]
+            raw = changed(body, random.Random(f"{seed}/body/{number}"))
+            headers = {"content-type": "application/json"}
+            try:
+                fault = fault_of(answer := await client.post(path, content=raw, headers=headers))
+            except httpx.HTTPError as error:
+                fault = f"no answer: {error!r}"
+            counts[path][FAILED if fault else str(answer.status_code)] += 1
+            if fault:
+                failures.append(Failure(kind=path, what=fault, raw=raw))
+                progress(str(failures[-1]))
+            number += 1
     return counts, failures
 
 

@@ -73,10 +73,17 @@ class LineProcess:
             self._process.stdin.flush()
         return self._hear()
 
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._process.pid
+
     def _hear(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)  # it closes its stdout before it says why
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise BenchError(f"{self._log.stem} ended before it answered:\n{tail}")
         return line

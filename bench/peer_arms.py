@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
-import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +15,6 @@ import httpx
 from bench.batch_peer import STRUCTURE, batch_row, chat, race_theirs
 from bench.contest import Body, Post, closed_loop
 from bench.line_process import LineProcess
-from bench.process_tree import descendants
 from serving.settings import Settings
 
 _TIMEOUT_S = 600.0
@@ -154,20 +150,3 @@ class Generate:
         asked = {"posts": turns, "batch_size": self._batch_size}
         answer: Mapping[str, Any] = json.loads(self._process.ask(json.dumps(asked)))
         return Labelled(seconds=answer["seconds"], labels=answer["labels"])
-
-
-@contextlib.contextmanager
-def paused(pids: Sequence[int]) -> Iterator[None]:
-    """Processes and what they started stand still within the block, whatever happens in it."""
-    everybody = [each for pid in pids for each in (pid, *descendants(pid))]
-    try:
-        _signal(everybody, signal.SIGSTOP)
-        yield
-    finally:
-        _signal(everybody, signal.SIGCONT)
-
-
-def _signal(pids: Sequence[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -2,7 +2,8 @@
 
 One label a post (`sentiment`), answered by the same adapter from the same prompt and images:
 
-  sieve 1.0, 0.4     POST /v1/label of `python -m serving` at a retention ratio
+  sieve 1.0, 0.4     POST /v1/label of `python -m serving` at a retention ratio; two pixels of the
+                     images differ, so that 0.4 finds nothing that 1.0 left in a cache
   sieve default      the same where the request names no ratio (other posts: no cache knows them)
   vLLM server        vLLM's own OpenAI server, stock architecture: a chat with the labels as choices
   vLLM run-batch     vLLM's own `run_batch` on the same chats: from its first post to its last
@@ -30,6 +31,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ from packaging.requirements import Requirement
 
 from bench.agreement import CLOSED, OPEN, OURS, OUTSIDE, TOLERANCE, Agreement, Ask, compare
 from bench.batch_peer import chat_adds_bos
-from bench.contest import Posts, our_server, served_adapters, their_server
+from bench.contest import Post, Posts, our_server, served_adapters, their_server
 from bench.line_process import LineProcess
 from bench.outcome import BenchError, Outcome, positive, progress
-from bench.peer_arms import Arm, Generate, Labelled, OurServer, RunBatch, TheirServer, paused
+from bench.peer_arms import Arm, Generate, Labelled, OurServer, RunBatch, TheirServer
+from bench.pictures import nudged
+from bench.process_tree import paused
 from bench.processes import running
 from bench.statistics import Sample, by_variant, interleaved, median, paired_ratio
 from serving.errors import SieveError
@@ -181,13 +185,24 @@ def _take_turns(
                 continue  # a process of its own each time: nothing to warm up
             others = [pid for pid in pids if pid not in awake.get(name, ())]
             with paused(others):
-                done = _label(arms[name], posts.block(options.block) if name == DEFAULT else block)
+                done = _label(arms[name], _posts_for(name, block, posts))
             rate = options.block / done.seconds
             progress(f"round {counted + 1}/{options.rounds} {name:16} {rate:8.2f}/s")
             if counted >= 0:
                 samples.append(Sample(round=counted, variant=name, seconds=done.seconds))
                 labels.setdefault(name, []).extend(done.labels if name != DEFAULT else ())
     return samples, labels
+
+
+def _posts_for(name: str, block: Sequence[Post], posts: Posts) -> Sequence[Post]:
+    """What an arm gets: ours share a server, where none may find another's images in a cache."""
+    if name == DEFAULT:
+        return posts.block(len(block))
+    if name == KEPT:
+        return [
+            replace(post, image=nudged(post.image, number)) for number, post in enumerate(block)
+        ]
+    return block
 
 
 def _label(arm: Arm, posts: Sequence[Any]) -> Labelled:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def descendants(pid: int) -> list[int]:
             for child in map(int, path.read_text().split()):
                 found += [child, *descendants(child)]
     return found
+
+
+@contextlib.contextmanager
+def paused(pids: Sequence[int]) -> Iterator[None]:
+    """Processes and what they started stand still within the block, whatever happens in it."""
+    everybody = [each for pid in pids for each in (pid, *descendants(pid))]
+    try:
+        _signal(everybody, signal.SIGSTOP)
+        yield
+    finally:
+        _signal(everybody, signal.SIGCONT)
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @dataclass(frozen=True, kw_only=True)

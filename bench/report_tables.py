@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.cost import SHAPES, assumptions, costs, shape_ms
-from bench.flops import PAPER_SPEEDUPS
+from bench.cost import assumptions, costs, shape_ms
+from bench.flops import PAPER_SPEEDUPS, SHAPES
 from bench.roofline import DEVICES, Device
 from bench.tables import markdown_table
 

@@ -20,8 +20,10 @@ Goals: single, one label: above the paper's speed-up at each ratio. Saturated, o
 the FLOP model's speed-up at each. Three labels at 0.2: <= 1.6 times one label's time single, <= 1.3
 times saturated. The 7B shape takes 8 minutes a round on two cores; --loads, --answers and --ratios
 make it shorter. --kernels adds where the worker's time goes: kernels on a GPU, operators on a CPU.
---before adds our engine with other variables, such as MALLOC_MMAP_THRESHOLD_=33554432 (glibc's most
-on its own), with which freed buffers go back to the system.
+--proposals serves with --label-proposals and says how many proposed ids were taken (of answers that
+random weights give). --before adds our engine with other environment variables or, in lower case,
+settings of the server: label_proposals=false; or MALLOC_MMAP_THRESHOLD_=33554432 (glibc's most on
+its own), with which freed buffers go back to the system.
 """
 
 from __future__ import annotations
@@ -32,15 +34,19 @@ import itertools
 import math
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.checkpoints import write_shape
 from bench.flops import RATIOS, SHAPES, Shape
 from bench.kernels import Kernel, read_kernels
 from bench.outcome import BenchError, Outcome, positive, progress
+from bench.process_tree import paused
 from bench.processes import stop_on_termination
 from bench.shape_engine import BEFORE, OURS, PROFILE_FOLDER, STRUCTURES_BY_ANSWER, THEIRS
 from bench.shape_process import GIB, Block, Room, ShapeEngine
@@ -70,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ratios", nargs="+", type=float, default=list(RATIOS), help="1.0 first (default all)")
     add("--concurrency", type=positive, default=8, help="requests of `saturated` (default 8)")
     add("--no-stock", action="store_true", help="without stock vLLM beside it")
-    add("--before", nargs="+", metavar="NAME=VALUE", help="ours with these variables, as a side")
+    add("--proposals", action="store_true", help="ours checks proposed label answers")
+    add("--before", nargs="+", metavar="NAME=VALUE", help="ours with these, as one more side")
     add("--layers", type=positive, help="layers of the language model (default the shape's)")
     add("--tower-layers", type=positive, help="layers of the tower (default the shape's)")
     add("--text-tokens", type=positive, default=50, help="prompt beside the image (default 50)")
@@ -97,7 +104,7 @@ def run(options: argparse.Namespace) -> Outcome:
         engines = stack.enter_context(contextlib.closing(Engines(folder, room, options)))
         samples = list(time_cases(engines, options))
         kernels = dict(profile(engines, folder, options)) if options.kernels else {}
-    notes = [_sharing(room, options), *_kernel_notes(kernels, room)]
+    notes = [_sharing(room, options), *engines.notes(), *_kernel_notes(kernels, room)]
     outcome = summarise(samples, shape, options, NUM_LABEL_TOKENS, notes)
     found: dict[str, Any] = dict(outcome.results)
     for ratio, each in kernels.items():
@@ -129,7 +136,7 @@ def chosen_shape(options: argparse.Namespace) -> Shape:
 
 
 def before(options: argparse.Namespace) -> dict[str, str]:
-    """Variables of the side that is compared with ours.
+    """Variables and settings (in lower case) of the side that is compared with ours.
 
     Raises:
         BenchError: one has no value.
@@ -168,6 +175,7 @@ class Engines:
         self._folder, self._room, self._options = folder, room, options
         self._running: dict[str, ShapeEngine] = {}
         self._numbers = 0
+        self._proposals: defaultdict[str, Any] = defaultdict(lambda: np.zeros(2, int))
 
     @property
     def holds_all(self) -> bool:
@@ -176,7 +184,12 @@ class Engines:
 
     def time(self, case: Case, profile: str = "") -> float:
         """Seconds that a case's requests take together."""
-        return self._ready(case.side).time(self._block(case, profile))
+        engine = self._ready(case.side)
+        # An engine waits on a core for a second after its last request: the others stand still.
+        with paused([each.pid for each in self._running.values() if each is not engine]):
+            timing = engine.time(self._block(case, profile))
+        self._proposals[case.side] += (timing.proposed, timing.taken)
+        return timing.seconds
 
     def _block(self, case: Case, profile: str = "") -> Block:
         count = self._options.concurrency if case.load == "saturated" else 1
@@ -197,22 +210,24 @@ class Engines:
             if not self.holds_all:
                 self.close()
             variables = {"VLLM_PLUGINS": ""} if side == THEIRS else {}
-            variables |= before(self._options) if side == BEFORE else {}
-            engine = ShapeEngine(self._plan(side), self._copy(side), variables)
-            self._running[side] = engine
-            self._warm_up(side, engine)
+            if side == BEFORE:
+                variables |= {k: v for k, v in before(self._options).items() if not k.islower()}
+            with paused([each.pid for each in self._running.values()]):
+                engine = ShapeEngine(self._plan(side), self._copy(side), variables)
+                self._running[side] = engine
+                self._warm_up(side, engine)
         return self._running[side]
 
     def _warm_up(self, side: str, engine: ShapeEngine) -> None:
         for case in cases(self._options, side):
             if case.load == self._options.loads[0] and case.answer == self._options.answers[0]:
                 for _ in range(self._options.warmup):
-                    seconds = engine.time(self._block(replace(case, load="single")))
+                    seconds = engine.time(self._block(replace(case, load="single"))).seconds
                     progress(f"warm-up {case.name:28} {seconds:8.3f} s")
 
     def _plan(self, side: str) -> dict[str, Any]:
         options = self._options
-        settings = {
+        settings: dict[str, Any] = {
             "model_name": "shape",
             "dtype": "bfloat16",
             "max_model_len": 1024 + options.text_tokens,
@@ -220,7 +235,10 @@ class Engines:
             "max_images": 1,
             "kv_cache_gib": options.kv_cache_gib,
             "prefix_caching": False,
+            "label_proposals": options.proposals and side != THEIRS,
         }
+        if side == BEFORE:
+            settings |= {k: v for k, v in before(options).items() if k.islower()}
         sizes = {"seed": options.seed, "text_tokens": options.text_tokens}
         return {"side": side, "settings": settings, "profile": options.kernels, **sizes}
 
@@ -233,6 +251,12 @@ class Engines:
                 if path.is_file():
                     os.link(path, folder / path.name)
         return folder
+
+    def notes(self) -> Iterator[str]:
+        """How many proposed ids the sides took."""
+        for side, (proposed, taken) in self._proposals.items():
+            if proposed:
+                yield f"{side}: {taken} of {proposed} proposed ids taken"
 
     def close(self) -> None:
         """Stops what runs."""

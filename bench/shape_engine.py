@@ -1,10 +1,10 @@
 """One engine of `bench shape` in a process of its own, so that its memory goes when it ends.
 
 `python -m bench.shape_engine FOLDER` reads FOLDER/engine.json, starts that engine with random
-weights and says so; then it takes a block of requests a line on stdin and answers the seconds it
-took. Sides: `sieve`, the engine `python -m serving` starts, with the constraint and the
-log-probabilities of `serving.labeler`; and `vllm`, the stock architecture without our plugin on the
-same engine settings, which decodes as many tokens freely. `before` is ours with other variables.
+weights and says so; then it takes a block of requests a line on stdin and answers its timing.
+Sides: `sieve`, the engine `python -m serving` starts, with the constraint and the log-probabilities
+of `serving.labeler`; and `vllm`, the stock architecture without our plugin on the same engine
+settings, which decodes as many tokens freely. `before` is ours with other variables or settings.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,12 +25,15 @@ from PIL import Image
 from bench.checkpoints import IMAGE_TOKEN_ID
 from bench.line_process import replies, reply
 from bench.pictures import picture
+from bench.shape_process import Timing
 from patches.config import Retention
 from serving.settings import Settings
 
 OURS, THEIRS, BEFORE = "sieve", "vllm", "before"
 STRUCTURES_BY_ANSWER = {"one": "sentiment", "three": "llavac"}
 PROFILE_FOLDER = "profile"
+
+_PROPOSALS = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
 
 Send = Callable[[dict[str, Any], list[int], Image.Image], Awaitable[None]]
 
@@ -38,6 +42,14 @@ def prompt_ids(seed: int, number: int, text_tokens: int) -> list[int]:
     """BOS, an image and random text: `text_tokens` without the image, never the same twice."""
     rng = np.random.default_rng((seed, number))
     return [1, IMAGE_TOKEN_ID, *rng.integers(300, IMAGE_TOKEN_ID, text_tokens - 1).tolist()]
+
+
+def _count(name: str) -> int:
+    """A counter of vLLM's, 0 where the engine has none of that name."""
+    from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
+
+    found = [m for m in get_metrics_snapshot() if m.name == name and isinstance(m, Counter)]
+    return sum(counter.value for counter in found)
 
 
 class Side:
@@ -138,19 +150,21 @@ class Side:
 
         return send
 
-    async def time(self, block: dict[str, Any]) -> float:
-        """Seconds until all requests of a block, sent at once, are answered."""
+    async def time(self, block: dict[str, Any]) -> Timing:
+        """How long it takes until all requests of a block, sent at once, are answered."""
         seed, length = self._plan["seed"], self._plan["text_tokens"]
         numbers = range(block["first"], block["first"] + block["count"])
         posts = [(prompt_ids(seed, n, length), picture(seed, n)) for n in numbers]
         if block["profile"]:
             await self._llm.start_profile(profile_prefix=block["profile"])
+        earlier = [_count(name) for name in _PROPOSALS]
         started = time.perf_counter()
         await asyncio.gather(*(self._send(block, *post) for post in posts))
         seconds = time.perf_counter() - started
+        proposed, taken = (_count(n) - e for n, e in zip(_PROPOSALS, earlier, strict=True))
         if block["profile"]:
             await self._llm.stop_profile()
-        return seconds
+        return Timing(seconds=seconds, proposed=proposed, taken=taken)
 
     def close(self) -> None:
         """Ends the engine."""
@@ -163,7 +177,8 @@ async def serve(folder: Path, stream: TextIO) -> None:
     try:
         reply(stream)
         while line := await asyncio.to_thread(sys.stdin.readline):
-            reply(stream, str(await side.time(json.loads(line))))
+            timing = await side.time(json.loads(line))
+            reply(stream, json.dumps(asdict(timing)))
     finally:
         side.close()
 

@@ -42,6 +42,21 @@ class Block:
     profile: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Of a block.
+
+    Attributes:
+        seconds: until all of it was answered.
+        proposed: ids of answers that were proposed meanwhile, where the engine does that.
+        taken: of these.
+    """
+
+    seconds: float
+    proposed: int = 0
+    taken: int = 0
+
+
 class ShapeEngine:
     """A running `bench.shape_engine`.
 
@@ -65,13 +80,18 @@ class ShapeEngine:
         self._process = LineProcess(arguments, folder / f"{side}.log", environment)
         progress(f"{side}: ready in {time.perf_counter() - started:.0f} s")
 
-    def time(self, block: Block) -> float:
-        """Seconds until the block is answered.
+    def time(self, block: Block) -> Timing:
+        """How long the block takes.
 
         Raises:
             BenchError: the engine ended.
         """
-        return float(self._process.ask(json.dumps(asdict(block))))
+        return Timing(**json.loads(self._process.ask(json.dumps(asdict(block)))))
+
+    @property
+    def pid(self) -> int:
+        """Of its process, whose children are vLLM's."""
+        return self._process.pid
 
     def stop(self) -> None:
         """Ends it and its processes."""

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from bench.checkpoints import write_shape
 from bench.contest import make_text
 from bench.fits import write_tokenizer
-from bench.flops import Shape
+from bench.flops import SHAPES
 from bench.outcome import BenchError
 from bench.pictures import photo_url
 from bench.process_tree import descendants
@@ -28,11 +28,7 @@ from bench.stage_spans import Span, Timed, process_roles, read_spans
 from serving.structures import STRUCTURES, LabelStructure
 
 DEMO_MODEL, CLIP_L, LLAVA = "demo", "clip-l", "llava-1.5-7b"
-SHAPES = {
-    CLIP_L: Shape(layers=2, width=512, mlp=1376, heads=8),
-    LLAVA: Shape(),
-}
-MODELS = (DEMO_MODEL, *SHAPES)
+MODELS = (DEMO_MODEL, CLIP_L, LLAVA)
 TIMED, PLAIN = "timed", "plain"
 ROOT = Path(__file__).resolve().parent.parent
 _TICKS_S = os.sysconf("SC_CLK_TCK")

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bench.__main__ import main
-from bench.cost import SHAPES, costs
-from bench.flops import RATIOS, Shape
+from bench.cost import costs
+from bench.flops import RATIOS, SHAPES, Shape
 from bench.outcome import BenchError
 from bench.roofline import DEVICES, Device, Request, Work, probe_cpu, shape_of, works
 from serving.settings import DEMO

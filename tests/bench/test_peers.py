@@ -26,8 +26,8 @@ from bench.contest import Posts
 from bench.generator import CHAT
 from bench.line_process import LineProcess
 from bench.outcome import BenchError
-from bench.peer_arms import Labelled, paused, vllm_body
-from bench.process_tree import descendants
+from bench.peer_arms import Labelled, vllm_body
+from bench.process_tree import descendants, paused
 from bench.processes import free_port
 from bench.statistics import Sample
 from serving.schema import ChatRequest

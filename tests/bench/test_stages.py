@@ -37,7 +37,7 @@ from bench.stage_points import (
     WORKER,
     write_hook,
 )
-from bench.stage_server import PLAIN, SHAPES, TIMED, Question, _checkpoint
+from bench.stage_server import CLIP_L, LLAVA, PLAIN, TIMED, Question, _checkpoint
 from bench.stage_spans import Span, Timed, attribute, attributed, busy, read_spans
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +312,7 @@ def test_no_two_posts_are_alike_and_a_body_is_one_of_our_api():
     assert (asked.retention_ratio, asked.label_structure) == (0.4, "llavac")
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", [CLIP_L, LLAVA])
 def test_a_shape_without_weights_is_a_model_that_the_server_accepts(model, tmp_path):
     from serving.adapters import read_base
     from serving.server import check_model, load_tokenizer

@@ -1,6 +1,7 @@
 """The app against its own OpenAPI document: no 5xx, errors in OpenAI's shape, whatever is sent."""
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from bench.fuzz import fault_of
 from bench.stub_app import stub_app
 from serving.server import http_config
 from serving.settings import Settings
+from tests.running import RunningServer
 
 ROUTES = {
     ("POST", "/v1/label"),
@@ -27,8 +29,8 @@ ROUTES = {
 }
 
 
-@pytest.fixture(scope="module")
-def url():
+@contextlib.contextmanager
+def stub_server():
     """The app over a stub engine, behind the real HTTP server, with its document."""
     started, stopping, found = threading.Event(), threading.Event(), []
 
@@ -51,6 +53,22 @@ def url():
     yield f"http://127.0.0.1:{found[0]}"
     stopping.set()
     thread.join(30)
+
+
+@contextlib.contextmanager
+def real_server():
+    """The demo, served as users serve it."""
+    with RunningServer(docs=True) as server:
+        yield server.url
+
+
+@pytest.fixture(
+    scope="module", params=[stub_server, pytest.param(real_server, marks=pytest.mark.long)]
+)
+def url(request):
+    """Of a server with its document."""
+    with request.param() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
