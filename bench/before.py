@@ -28,7 +28,6 @@ from serving.structures import STRUCTURES
 NOW, THEN = "this", "other"
 ALONE, AT_ONCE = "one at a time", "at once"
 ROOT = Path(__file__).resolve().parent.parent
-_QUIET_S = 0.3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +118,9 @@ def _time_in_turn(servers: StageServers, options: argparse.Namespace) -> list[Sa
         few = _bodies(options, first, options.alone)
         many = _bodies(options, first + options.alone, options.block)
         first += options.alone + options.block
-        time.sleep(_QUIET_S)  # threads of the other server spin for 0.2 s after their work
-        alone = _seconds(servers.ports[side], few, 1)
-        at_once = _seconds(servers.ports[side], many, options.connections)
+        with servers.only(side):
+            alone = _seconds(servers.ports[side], few, 1)
+            at_once = _seconds(servers.ports[side], many, options.connections)
         counted = turn - options.warmup
         rate = options.block / at_once
         progress(

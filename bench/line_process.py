@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,8 +85,12 @@ class LineProcess:
         if not line:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)  # it closes its stdout before it says why
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise BenchError(f"{self._log.stem} ended before it answered:\n{tail}")
+            lines = self._log.read_text(errors="replace").splitlines()
+            causes = [
+                line for line in lines[:-15] if re.search(r"[A-Za-z](Error|Exception): ", line)
+            ]
+            told = "\n".join([*causes[:3], *lines[-15:]])
+            raise BenchError(f"{self._log.stem} ended before it answered:\n{told}")
         return line
 
     def stop(self) -> None:

@@ -21,7 +21,7 @@ from bench.fits import write_tokenizer
 from bench.flops import SHAPES
 from bench.outcome import BenchError
 from bench.pictures import photo_url
-from bench.process_tree import descendants
+from bench.process_tree import descendants, paused
 from bench.processes import Server, free_port, running
 from bench.stage_points import DUMMY_VARIABLE, FOLDER_VARIABLE, write_hook
 from bench.stage_spans import Span, Timed, process_roles, read_spans
@@ -123,6 +123,10 @@ class StageServers:
     ports: dict[str, int]
     pids: dict[str, int]
     folder: Path
+
+    def only(self, variant: str) -> contextlib.AbstractContextManager[None]:
+        """The others stand still: a server waits on a core for a second after its last answer."""
+        return paused([pid for name, pid in self.pids.items() if name != variant])
 
     def spans(self) -> list[Span]:
         """What was noted so far."""

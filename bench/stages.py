@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 from bench.flops import RATIOS
@@ -46,9 +45,6 @@ from bench.stage_spans import Timed, attributed
 from bench.stage_table import summarise
 from bench.statistics import interleaved
 from serving.structures import STRUCTURES
-
-_QUIET_S = 0.3
-"""Before the other server's turn: threads of the first spin for 0.2 s after their work."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +96,13 @@ def _ask_in_turn(servers: StageServers, options: argparse.Namespace) -> dict[str
     num_rounds = options.warmup + options.rounds
     ratios = list(interleaved([str(r) for r in RATIOS], num_rounds, options.seed))
     for turn, variant in interleaved(list(clients), num_rounds, options.seed):
-        time.sleep(_QUIET_S)
         counted = turn - options.warmup
-        for ratio in (float(name) for index, name in ratios if index == turn):
-            request = ask(clients[variant], question, number=number, ratio=ratio, turn=counted)
-            number += 1
-            if counted >= 0:
-                found[variant].append(request)
+        with servers.only(variant):
+            for ratio in (float(name) for index, name in ratios if index == turn):
+                request = ask(clients[variant], question, number=number, ratio=ratio, turn=counted)
+                number += 1
+                if counted >= 0:
+                    found[variant].append(request)
         whole = sum(r.end - r.start for r in found[variant][-len(RATIOS) :])
         progress(f"round {counted + 1}/{options.rounds} {variant:5} {1e3 * whole:8.1f} ms")
     for client in clients.values():
@@ -118,8 +114,9 @@ def _load(servers: StageServers, options: argparse.Namespace) -> list[Load]:
     question = question_of(options)
     counts = {"connections": options.saturated, "posts": options.posts}
     first = 1_000_000  # of posts: none of the rounds before
-    saturate(servers, question, ratio=1.0, first=first, **counts)  # warm-up
-    return [
-        saturate(servers, question, ratio=ratio, first=first * (2 + index), **counts)
-        for index, ratio in enumerate(RATIOS)
-    ]
+    with servers.only(TIMED):
+        saturate(servers, question, ratio=1.0, first=first, **counts)  # warm-up
+        return [
+            saturate(servers, question, ratio=ratio, first=first * (2 + index), **counts)
+            for index, ratio in enumerate(RATIOS)
+        ]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
 from bench.bad_requests import BASE
-from bench.fuzz import fault_of
+from bench.fuzz import fault_of, fuzz_bodies
 from bench.stub_app import stub_app
 from serving.server import http_config
 from serving.settings import Settings
@@ -111,3 +111,9 @@ def test_no_generated_request_is_a_server_error(document, route, mode):
     check()
     assert statuses
     assert method != "GET" or set(statuses) == {200}
+
+
+def test_damaged_bodies_are_answered_or_refused(url):
+    counts, failures = asyncio.run(fuzz_bodies(0, seconds=300, most=300, server=url))
+    assert not failures
+    assert sum(found.total() for found in counts.values()) == 300
