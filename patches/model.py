@@ -16,7 +16,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.platforms import current_platform
 
 from patches.config import check_checkpoint, read_config
 from patches.memory import keep_buffers
@@ -44,8 +43,6 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_checkpoint(vllm_config.model_config.hf_config)
-        if current_platform.is_cpu():
-            keep_buffers()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = read_config(self.config)
         with_tower_lora = bool(
@@ -79,6 +76,8 @@ class SieveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return ()
         pixels = torch.cat(list(pixels)) if isinstance(pixels, list) else pixels
         assert isinstance(pixels, Tensor)
+        if pixels.device.type == "cpu":
+            keep_buffers()
         kept, chosen, seeds = (
             torch.as_tensor(kwargs[name]).flatten().tolist()
             for name in ("num_kept", "selector", "seed")
