@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--connections", type=positive, help="of closed loops (default: searched)")
     add("--goal-ms", type=rate, default=500.0, help="latency that a rate must meet (default 500)")
     add("--goal-share", type=float, default=0.95, help="of requests that must (default 0.95)")
-    add("--probe", type=positive, default=200, help="requests of an open loop (default 200)")
+    add("--probe", type=positive, default=150, help="requests of an open loop (default 150)")
     add("--no-goodput", action="store_true", help="leave the open loops out")
     add("--data", help="labelled posts (default the demo's, made on the spot)")
     add("--field", help="whose labels count (default multimodal, or the answer's last)")

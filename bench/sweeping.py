@@ -21,8 +21,8 @@ from bench.profiles import Phase, schedule
 from bench.statistics import interleaved
 from serving.client_key import bearer_headers
 
-CONNECTIONS = (4, 8, 16, 32, 64, 128)
-GAIN = 1.05
+CONNECTIONS = (4, 8, 16, 32, 64)
+GAIN = 1.1
 """Twice as many connections must give so many times the rate, or they are enough."""
 _START_IN_S = 0.2
 _PNG = "data:image/png;"
