@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,12 +15,13 @@ from bench.checkpoints import IMAGE_TOKEN_ID, write_shape
 from bench.flops import PAPER_SPEEDUPS, RATIOS, SHAPES, Shape
 from bench.kernels import read_kernels, summed
 from bench.outcome import BenchError
-from bench.shape_engine import OURS, STRUCTURES_BY_ANSWER, THEIRS, prompt_ids
+from bench.shape_engine import BEFORE, OURS, STRUCTURES_BY_ANSWER, THEIRS, prompt_ids
 from bench.shape_process import GIB, Room
 from bench.shape_table import Case, summarise
 from serving.constraint import compile_structure
 from serving.prompts import encode_answer, render_chat
 from serving.server import load_tokenizer
+from serving.settings import Settings
 from serving.structures import STRUCTURES
 
 
@@ -119,6 +121,16 @@ def test_ours_with_other_variables_is_one_more_side_at_every_ratio():
         assert all(c["of_before"]["median"] == pytest.approx(1.5) for c in found["cells"].values())
 
 
+def test_settings_of_the_other_side_are_in_lower_case_and_stock_has_none_of_ours(tmp_path):
+    chosen = options("--proposals", "--before", "label_proposals=false", "MALLOC_ARENA_MAX=1")
+    chosen.kv_cache_gib = 1
+    engines = shape.Engines(tmp_path, Room(needed=1, available=9, is_gpu=False), chosen)
+    sides = {side: engines._plan(side)["settings"] for side in (OURS, THEIRS, BEFORE)}
+    asked = {side: Settings(model="x", **plan).label_proposals for side, plan in sides.items()}
+    assert asked == {OURS: True, THEIRS: False, BEFORE: False}
+    assert "MALLOC_ARENA_MAX" not in sides[BEFORE]
+
+
 @pytest.mark.parametrize("argv", [("clip-l",), ("--layers", "2"), ("llava-1.5-13b",)])
 def test_another_shape_than_the_papers_is_not_held_against_the_paper(argv):
     chosen = options(*argv)
@@ -200,9 +212,10 @@ def test_on_a_gpu_its_kernels_are_counted_and_not_the_operators_that_start_them(
 
 @pytest.mark.long
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="engines need two cores")
-def test_both_engines_run_side_by_side_and_every_cell_is_filled(tmp_path, capsys):
+def test_all_engines_run_side_by_side_and_every_cell_is_filled(tmp_path, capsys):
     stored = tmp_path / "shape.json"
     argv = ["shape", "clip-l", "--rounds", "1", "--concurrency", "2", "--ratios", "1.0", "0.2"]
+    argv += ["--proposals", "--before", "label_proposals=false"]
     assert main([*argv, "--kernels", "--json", str(stored)]) == 0
     results = json.loads(stored.read_text())["results"]
     assert set(results) == {"1.0", "0.2"}
@@ -211,7 +224,11 @@ def test_both_engines_run_side_by_side_and_every_cell_is_filled(tmp_path, capsys
         assert set(found["cells"]) == cells
         assert all(cell["of_stock"]["median"] > 0 for cell in found["cells"].values())
         assert any("mm" in kernel["name"] for kernel in found["kernels"])
-    assert "stood side by side" in capsys.readouterr().out
+        assert all(cell["of_before"]["median"] > 0 for cell in found["cells"].values())
+    printed = capsys.readouterr().out
+    assert "3 engines stood side by side" in printed
+    assert re.search(r"sieve: [1-9]\d* of \d+ proposed ids taken", printed)
+    assert "before: " not in printed, "it proposes nothing"
 
 
 def test_a_cases_name_tells_all_cases_apart():
