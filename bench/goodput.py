@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from bench.generator import Request, void_reasons
 from bench.latency import Share, percentile_ms
 
-LOADS = tuple(round(0.1 + 0.06 * step, 2) for step in range(15))
-"""Shares of the saturated rate, from idle to nearly full: four probes find the highest that meets.
-"""
+LOADS = tuple(round(0.28 + 0.11 * step, 2) for step in range(7))
+"""Shares of the saturated rate, up to nearly full: three probes find the highest that meets."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ by up to 15 of 255 for each request, so that no cache has seen it; how many imag
 tower is shown. --out gets the report as Markdown, HTML, JSON and CSV and every request as a row.
 
 Goal: a table that an expert believes. At least 5 runs a cell, intervals over rounds and posts,
-differences paired, random and stride beside the method, no percentile of too few answers. Laid
-out for seven minutes on two cores (11,000 posts at 100 a second, 24 open loops); not timed yet.
+differences paired, random and stride beside the method, no percentile of too few answers. Seven
+minutes on two cores (11,000 posts at 75 a second, 18 open loops and those that are made again).
 """
 
 from __future__ import annotations
