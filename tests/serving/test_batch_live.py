@@ -14,14 +14,14 @@ class MortalLabeler:
     """Ends on posts that are poison, and for everything that is in it at the time."""
 
     def __init__(self, engines):
-        self.engines, self.ended = engines, asyncio.Event()
+        self.engines, self.ended, self.work_s = engines, asyncio.Event(), 0.01
 
     async def label(self, post):
         if post.startswith("poison"):
             await asyncio.sleep(0.005)
             self.ended.set()
         waiting = asyncio.ensure_future(self.ended.wait())
-        done, _ = await asyncio.wait({waiting}, timeout=0.01)
+        done, _ = await asyncio.wait({waiting}, timeout=self.work_s)
         waiting.cancel()
         if done:
             raise EngineDeadError("the engine stopped")
@@ -71,6 +71,7 @@ async def test_a_poison_post_costs_itself_and_two_starts(concurrency):
 async def test_an_engine_killed_from_outside_costs_no_post():
     engines, posts = [], [f"post {i}" for i in range(30)]
     async with LiveLabeler.running(starts(engines)) as live:
+        engines[0].work_s = 60
         labelling = asyncio.gather(
             *(live.do(lambda labeler, post=post: labeler.label(post)) for post in posts)
         )
