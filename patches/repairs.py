@@ -24,6 +24,7 @@ from patches.index_cache import IndexCache
 
 _WATCH = "sieve-parent-watch"
 _COMPILING_NICE = 10
+_SPIN_S = 0.0005
 _BGMV = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
@@ -34,6 +35,7 @@ def apply() -> None:
     if current_platform.is_cpu():
         lora_rows_on_cpu()
         temperatures_on_cpu()
+        waiting_without_spinning()
     bounded_grammars()
     grammars_without_queue()
     ids_without_tokens()
@@ -243,6 +245,39 @@ def expand_batch_to_tokens(
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     expanded = x.repeat_interleave(counts, output_size=num_tokens)
     return expanded.masked_fill(expanded == replace_from, replace_to)
+
+
+def waiting_without_spinning() -> None:
+    """On CPU, a server that has nothing to do keeps half a core busy.
+
+    Symptom: the worker of an idle server uses half of a core, and each process that waits for
+    another a whole one while requests run.
+    Mechanism: `SpinCondition.wait` (`shm_broadcast.py`, 0.32.0) polls with `sched_yield` for a
+    second after a process's last message, such as the watchdog's every two seconds, before it waits
+    for a notification; meant for GPUs, beside which cores are idle. Here it does so for half a
+    millisecond.
+    Remove when: upstream waits on CPU without spinning.
+
+    Raises:
+        RuntimeError: upstream's function changed.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    upstream: Any = SpinCondition.wait
+    if getattr(upstream, "_sieve_waits", False):
+        return
+    _expect(upstream, ["self", "timeout_ms"])
+    _expect(
+        SpinCondition.__init__, ["self", "is_reader", "context", "notify_address", "busy_loop_s"]
+    )
+
+    @functools.wraps(upstream)
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        self.busy_loop_s = min(self.busy_loop_s, _SPIN_S)
+        upstream(self, timeout_ms)
+
+    wait._sieve_waits = True  # type: ignore[attr-defined]
+    SpinCondition.wait = wait
 
 
 def _adapter_rows(weights: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

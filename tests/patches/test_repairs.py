@@ -146,3 +146,33 @@ def test_upstream_still_fails_on_ids_without_a_token(demo_tokenizer):
     """When this fails, upstream is repaired: remove `ids_without_tokens`."""
     with pytest.raises(TypeError):
         spelled([len(demo_tokenizer) + 5], demo_tokenizer, upstreams_restore())
+
+
+def test_messages_arrive_in_order_whether_the_reader_still_spins_or_waits_to_be_told():
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    repairs.waiting_without_spinning()
+    repairs.waiting_without_spinning()
+    writer = MessageQueue(1, 1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    joining = threading.Thread(target=reader.wait_until_ready)
+    joining.start()
+    writer.wait_until_ready()
+    joining.join()
+    assert reader._spin_condition.busy_loop_s > repairs._SPIN_S
+    found = []
+
+    def read():
+        while (message := reader.dequeue(indefinite=True)) is not None:
+            found.append(message)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    for number in range(60):
+        if number % 3 == 0:
+            time.sleep(4 * repairs._SPIN_S)  # by now the reader waits
+        writer.enqueue(number)
+    writer.enqueue(None)
+    reading.join(timeout=30)
+    assert found == list(range(60))
+    assert reader._spin_condition.busy_loop_s == repairs._SPIN_S
