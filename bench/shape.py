@@ -18,7 +18,7 @@ one round; the FLOP model counts tower, projector, prefill and decoding.
 
 Goals: single, one label: above the paper's speed-up at each ratio. Saturated, one label: >= 0.9 of
 the FLOP model's speed-up at each. Three labels at 0.2: <= 1.6 times one label's time single, <= 1.3
-times saturated. The 7B shape takes 8 minutes a round on two cores; --loads, --answers and --ratios
+times saturated. The 7B shape takes 12 minutes a round on two cores; --loads, --answers and --ratios
 make it shorter. --kernels adds where the worker's time goes: kernels on a GPU, operators on a CPU.
 --proposals serves with --label-proposals and says how many proposed ids were taken (of answers that
 random weights give). --before adds our engine with other environment variables or, in lower case,
