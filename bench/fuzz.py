@@ -28,7 +28,7 @@ from bench.bad_pictures import small
 from bench.bad_requests import BASE, CHAT, LABEL, data_url
 from bench.fuzz_files import FAILED, Failure, fuzz_files
 from bench.mutations import changed
-from bench.outcome import Outcome, positive, progress
+from bench.outcome import BenchError, Outcome, positive, progress
 from bench.stub_app import stub_app
 from serving.client_key import bearer_headers
 from serving.settings import Settings
@@ -140,6 +140,8 @@ async def fuzz_bodies(
             headers = {"content-type": "application/json"}
             try:
                 fault = fault_of(answer := await client.post(path, content=raw, headers=headers))
+            except httpx.ConnectError as error:
+                raise BenchError(f"{server}: nobody answers there after {number} bodies") from error
             except httpx.HTTPError as error:
                 fault = f"no answer: {error!r}"
             counts[path][FAILED if fault else str(answer.status_code)] += 1

@@ -17,7 +17,7 @@ tower is shown. --out gets the report as Markdown, HTML, JSON and CSV and every 
 
 Goal: a table that an expert believes. At least 5 runs a cell, intervals over rounds and posts,
 differences paired, random and stride beside the method, no percentile of too few answers. Seven
-minutes on two cores (11,000 posts at 75 a second, 18 open loops and those that are made again).
+to nine minutes on two cores (11,000 posts at 75 a second, 18 open loops and those made again).
 """
 
 from __future__ import annotations
